@@ -1,0 +1,1 @@
+"""Tensors and bytes onto disk and back, verified; knows nothing of training."""

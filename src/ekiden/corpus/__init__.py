@@ -1,0 +1,1 @@
+"""Text files and hub datasets in; documents, and a ledger of everything that was rejected, out."""

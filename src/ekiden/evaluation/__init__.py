@@ -1,0 +1,1 @@
+"""Loss, perplexity and bits per byte per language; sample texts."""

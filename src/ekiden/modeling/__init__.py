@@ -1,0 +1,1 @@
+"""A model out of a preset, its loss without logits, and what the device can do."""

@@ -1,0 +1,1 @@
+"""SentencePiece models and Hugging Face tokenizers: train, load, convert."""

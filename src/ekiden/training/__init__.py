@@ -1,0 +1,1 @@
+"""One loop, one state object, one save path."""
