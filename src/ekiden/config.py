@@ -1,0 +1,399 @@
+"""Every setting of a run, in one flat dataclass: the field is the flag is the YAML key.
+
+A run's settings are built in this order, later ones winning: the defaults below, the preset's YAML
+(`presets/NAME.yaml`), the user's recipe (a YAML file that may name a `preset`), the flags. `training.loop` reads
+them, `training.rundir` keeps them as `RUN/config.yaml`, and a checkpoint carries them, so that a resumed run can
+refuse, by name, a change that would make it another run.
+
+Each field's docstring is its help text and says its unit. `RESUME_FREE` names the fields that may change on resume.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import inspect
+import re
+import types
+import typing
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from ekiden.errors import UsageError, nearest
+
+
+@dataclass
+class TrainConfig:
+    """The settings of one training run."""
+
+    preset: str = "gpt2-10m"
+    """Model preset that supplies the fields below it: a name from `ekiden train --list-presets`."""
+    dataset_path: str = ""
+    """Folder of token shards, as `ekiden preprocess` wrote it."""
+    output_dir: str = ""
+    """Run directory: config, history, checkpoints, best and final model. Run again with the same one to resume."""
+
+    # The model
+    model_type: Literal["gpt2", "gemma3"] = "gpt2"
+    """Architecture family."""
+    hidden_size: int = 256
+    """Width of the residual stream, in units."""
+    num_hidden_layers: int = 8
+    """Decoder blocks."""
+    num_attention_heads: int = 8
+    """Query heads a block."""
+    num_key_value_heads: int = 8
+    """Key/value heads a block (Gemma 3; GPT-2 has as many as query heads)."""
+    head_dim: int = 32
+    """Units a head (Gemma 3; GPT-2's is hidden_size / num_attention_heads)."""
+    intermediate_size: int = 1024
+    """Width of the feed-forward layer, in units."""
+    sliding_window: int = 512
+    """Attention window of Gemma 3's local layers, in tokens."""
+    rope_scaling_factor: float = 1.0
+    """Linear position scaling of Gemma 3's global layers (8 for the 4B shape)."""
+    max_length: int = 512
+    """Tokens in one sample, and the context length the model is trained for."""
+    initialization: Literal["default", "scaled"] = "default"
+    """Weights at step 0: `default` is transformers'; `scaled` starts Gemma 3 with quieter residual branches."""
+
+    # The order of the data
+    seed: int = 1337
+    """Seed of the initial weights and of the order of the data."""
+    temperature: float = 0.5
+    """Mixture of languages: a language with n tokens is drawn in proportion to n to this power (1: as they are, 0: equal)."""
+    language_weights: dict[str, float] = field(default_factory=dict)
+    """Explicit mixture instead of temperature, as name=share pairs: english=0.6,hindi=0.4. A language left out is not trained on."""
+    max_epochs_per_language: float = 0.0
+    """Cap on how often a language's text is repeated over the whole run, in epochs; 0 means no cap."""
+
+    # The batch
+    batch_size: int = 16
+    """Samples in one microbatch on one device."""
+    gradient_accumulation_steps: int = 1
+    """Microbatches a device adds up before one optimizer step, at the start of the run."""
+
+    # The length of the run
+    max_steps: int = 0
+    """Optimizer steps of the whole run; 0: taken from epochs."""
+    epochs: float = 1.0
+    """Passes over all training tokens, where max_steps is 0."""
+    max_time: str = ""
+    """Stop and save before this much time has passed since the process began: 11h30m, 45m, 90s. Empty: no limit."""
+
+    # The optimizer
+    learning_rate: float = 1e-3
+    """Peak learning rate of AdamW."""
+    min_learning_rate_ratio: float = 0.1
+    """Learning rate at the last step, as a share of the peak (cosine decay)."""
+    warmup_steps: int = 100
+    """Steps of linear warm-up from 0; at most a tenth of the run is used."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay on matrices; vectors (norms, biases) have none."""
+    beta1: float = 0.9
+    """AdamW's decay of the first moment."""
+    beta2: float = 0.95
+    """AdamW's decay of the second moment."""
+    adam_epsilon: float = 1e-8
+    """AdamW's epsilon."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this global norm; 0: never."""
+
+    # The machine
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Matrix arithmetic: auto is bf16 from compute capability 8.0, fp16 with loss scaling below, fp32 on a CPU."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile of the decoder: auto is on for CUDA (where a compiler is found) and off on a CPU."""
+    num_threads: int = 0
+    """CPU threads for arithmetic; 0: as many as the cores. Recorded, since sums differ with it in the last bit."""
+    loss_chunk_size: int = 1024
+    """Token positions whose logits exist at one time while the loss is computed."""
+
+    # What happens when
+    log_steps: int = 10
+    """Steps between two records in history.jsonl."""
+    eval_steps: int = 250
+    """Steps between two evaluations of the test split; 0: only at the end."""
+    eval_tokens: int = 100_000
+    """Tokens of each language's test split evaluated during training; 0: all of them."""
+    sample_steps: int = 0
+    """Steps between two sets of sample texts; 0: only at the end."""
+    sample_prompts: list[str] = field(default_factory=list)
+    """Openings of the sample texts; empty: the openings of each language's first test documents."""
+    sample_tokens: int = 48
+    """Length of a sample text, in tokens."""
+    save_steps: int = 250
+    """Steps between two checkpoints; 0: only when the run stops."""
+    max_checkpoints: int = 4
+    """Newest checkpoints kept (at least 2), beside the best model."""
+    checkpoint_budget: str = ""
+    """Bytes that all kept checkpoints may take together, as 8GB or 500MB. Empty: 90 % of the space that is free or theirs."""
+    background_save: bool = True
+    """Write checkpoints beside training, from a copy of the state; off: training waits for the disk."""
+    resume_from: str = "auto"
+    """auto: the newest verified checkpoint of output_dir, else a fresh start. Or the path of one checkpoint."""
+
+    # Bad steps
+    max_bad_steps: int = 3
+    """Steps in a row with a non-finite loss or gradient that are skipped before the run rolls back to its last checkpoint."""
+    max_rollbacks: int = 2
+    """Roll-backs before the run stops as failed."""
+
+    # Trackers
+    use_wandb: bool = False
+    """Send the history to Weights & Biases as well (needs `pip install 'ekiden[wandb]'`)."""
+    wandb_project: str = "ekiden"
+    """Weights & Biases project."""
+
+
+RESUME_FREE = frozenset(
+    "dataset_path output_dir max_steps epochs max_time device num_threads compile log_steps eval_steps eval_tokens "
+    "sample_steps sample_prompts sample_tokens save_steps max_checkpoints checkpoint_budget background_save "
+    "resume_from max_bad_steps max_rollbacks use_wandb wandb_project batch_size gradient_accumulation_steps "
+    "learning_rate min_learning_rate_ratio loss_chunk_size".split()
+)
+"""May change on resume; the change is recorded in the history. `batch_size` and `gradient_accumulation_steps` may
+only change together so that the global batch stays; `training.state` checks that. `dataset_path` may move, its
+fingerprint may not change."""
+
+
+@functools.cache
+def field_help() -> dict[str, str]:
+    """Return the docstring under each field of `TrainConfig`, by field name."""
+    body = ast.parse(inspect.getsource(TrainConfig)).body[0]
+    assert isinstance(body, ast.ClassDef)
+    texts = {}
+    for statement, following in zip(body.body, body.body[1:]):
+        if (
+            isinstance(statement, ast.AnnAssign)
+            and isinstance(statement.target, ast.Name)
+            and isinstance(following, ast.Expr)
+            and isinstance(following.value, ast.Constant)
+        ):
+            texts[statement.target.id] = str(following.value.value)
+    return texts
+
+
+@functools.cache
+def field_types() -> dict[str, Any]:
+    """Return the resolved type of each field of `TrainConfig`."""
+    return typing.get_type_hints(TrainConfig)
+
+
+def preset_names() -> list[str]:
+    """Return the names of the presets that come with Ekiden."""
+    folder = resources.files("ekiden") / "presets"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_preset(name: str) -> dict[str, Any]:
+    """Return the fields that preset `name` sets.
+
+    Raises:
+        UsageError: there is no such preset.
+    """
+    names = preset_names()
+    if name not in names:
+        raise UsageError(f"preset {name!r} does not exist{nearest(name, names)} (there are: {', '.join(names)})")
+    path = resources.files("ekiden") / "presets" / f"{name}.yaml"
+    return parse_yaml(path.read_text(encoding="utf-8"), f"presets/{name}.yaml")
+
+
+def parse_yaml(text: str, where: str) -> dict[str, Any]:
+    """Return the settings in YAML `text`, checked; `where` names the file in error messages.
+
+    Raises:
+        UsageError: the text is not YAML, not a mapping, or a key or value is not one of TrainConfig's.
+    """
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise UsageError(f"{where}{line} is not valid YAML ({getattr(error, 'problem', error)})") from None
+    if node is None:
+        return {}
+    if not isinstance(node, yaml.MappingNode):
+        raise UsageError(f"{where}:1 must hold `setting: value` lines")
+    settings: dict[str, Any] = {}
+    for key_node, value_node in node.value:
+        line = f"{where}:{key_node.start_mark.line + 1}"
+        name = str(key_node.value)
+        if name not in field_types():
+            raise UsageError(f"{line}: unknown setting {name!r}{nearest(name, field_types())}")
+        if name in settings:
+            raise UsageError(f"{line}: {name} is set twice")
+        loader = yaml.SafeLoader("")
+        settings[name] = coerce(name, loader.construct_object(value_node, deep=True), line)
+    return settings
+
+
+def coerce(name: str, value: Any, where: str) -> Any:
+    """Return `value` (from YAML, a flag or Python) as the type of field `name`.
+
+    Raises:
+        UsageError: it cannot be one; the sentence begins with `where`.
+    """
+    kind = field_types()[name]
+    origin = typing.get_origin(kind)
+    try:
+        if origin is Literal:
+            # YAML 1.1 reads a bare on/off as a boolean.
+            choice = {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
+            if choice not in typing.get_args(kind):
+                allowed = ", ".join(typing.get_args(kind))
+                raise UsageError(f"{where}: {name} must be one of {allowed}, not {value!r}")
+            return choice
+        if kind is bool:
+            return _to_bool(value)
+        if kind is int:
+            return _to_int(value)
+        if kind is float:
+            if isinstance(value, bool):
+                raise ValueError
+            return float(value)
+        if kind is str:
+            if isinstance(value, (dict, list, bool)):
+                raise ValueError
+            return "" if value is None else str(value)
+        if origin is list:
+            return [str(item) for item in (value if isinstance(value, (list, tuple)) else [value])]
+        if origin is dict:
+            return _to_weights(value)
+    except (ValueError, TypeError, AttributeError):
+        pass
+    shown = kind.__name__ if isinstance(kind, type) and not isinstance(kind, types.GenericAlias) else str(kind)
+    raise UsageError(f"{where}: {name} must be of type {shown}, not {value!r}")
+
+
+def _to_bool(value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    return {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}[
+        str(value).lower()
+    ]
+
+
+def _to_int(value: Any) -> int:
+    """Accept 1000, '1000', '1_000', '100k', '2M' and floats without a fraction (YAML reads 1e6 as a string)."""
+    if isinstance(value, bool):
+        raise ValueError
+    if isinstance(value, int):
+        return value
+    scale = {"k": 10**3, "M": 10**6, "B": 10**9}
+    text = str(value).replace("_", "")
+    factor = scale.get(text[-1:], 1)
+    number = float(text[:-1] if factor > 1 else text) * factor
+    if number != int(number):
+        raise ValueError
+    return int(number)
+
+
+def _to_weights(value: Any) -> dict[str, float]:
+    if isinstance(value, str):
+        value = dict(pair.split("=", 1) for pair in value.split(",") if pair)
+    return {str(name).strip(): float(weight) for name, weight in value.items()}
+
+
+def parse_duration(text: str, setting: str) -> float | None:
+    """Return seconds for '11h30m', '45m', '90s' or '2h'; None for an empty text.
+
+    Raises:
+        UsageError: not such a duration.
+    """
+    if not text:
+        return None
+    match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text.replace(" ", ""))
+    if not match or not any(match.groups()):
+        raise UsageError(f"{setting} must be a duration such as 11h30m, 45m or 90s, not {text!r}")
+    hours, minutes, seconds = (int(group or 0) for group in match.groups())
+    return float(hours * 3600 + minutes * 60 + seconds)
+
+
+def parse_bytes(text: str, setting: str) -> int | None:
+    """Return bytes for '8GB', '500MB' or '1000000'; None for an empty text. Units are powers of 1000.
+
+    Raises:
+        UsageError: not such a size.
+    """
+    if not text:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)B?", text.strip())
+    if not match:
+        raise UsageError(f"{setting} must be a size such as 8GB or 500MB, not {text!r}")
+    return int(float(match[1]) * 1000 ** " kMGT".index(match[2] or " "))
+
+
+def build_config(recipe: str | None = None, **settings: Any) -> TrainConfig:
+    """Return the settings of a run from a preset or recipe and explicit `settings` (as from flags).
+
+    Args:
+        recipe: a preset's name or the path of a YAML file; None: the default preset.
+        settings: field=value; they win over recipe and preset.
+
+    Raises:
+        UsageError: an unknown preset, file, key or value.
+    """
+    explicit = {}
+    for name, value in settings.items():
+        if name not in field_types():
+            raise UsageError(f"unknown setting {name!r}{nearest(name, field_types())}")
+        explicit[name] = coerce(name, value, "--" + name.replace("_", "-"))
+    chosen: dict[str, Any] = {}
+    if recipe and (recipe.endswith((".yaml", ".yml")) or "/" in recipe):
+        path = Path(recipe)
+        if not path.is_file():
+            raise UsageError(f"recipe {recipe} does not exist; give a YAML file or one of {', '.join(preset_names())}")
+        chosen = parse_yaml(path.read_text(encoding="utf-8"), recipe)
+    elif recipe:
+        chosen = {"preset": recipe}
+    merged = {**chosen, **explicit}
+    preset = load_preset(merged.get("preset", TrainConfig.preset))
+    return validate(TrainConfig(**{**preset, **merged}))
+
+
+def validate(config: TrainConfig) -> TrainConfig:
+    """Return `config` after checking what can be checked without data or device.
+
+    Raises:
+        UsageError: a value that no run could use, naming the setting.
+    """
+    positive = (
+        "hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim intermediate_size max_length "
+        "batch_size gradient_accumulation_steps loss_chunk_size log_steps sliding_window max_bad_steps learning_rate"
+    )
+    for name in positive.split():
+        if getattr(config, name) <= 0:
+            raise UsageError(f"--{name.replace('_', '-')} must be above 0, not {getattr(config, name)}")
+    for name in "max_steps epochs eval_steps eval_tokens sample_steps save_steps warmup_steps weight_decay".split():
+        if getattr(config, name) < 0:
+            raise UsageError(f"--{name.replace('_', '-')} must not be negative, not {getattr(config, name)}")
+    if config.max_checkpoints < 2:
+        raise UsageError("--max-checkpoints must be at least 2: the newest may be the one being written")
+    if config.model_type == "gpt2" and config.hidden_size % config.num_attention_heads:
+        raise UsageError(
+            f"--hidden-size {config.hidden_size} must be a multiple of --num-attention-heads {config.num_attention_heads}"
+        )
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise UsageError("--num-attention-heads must be a multiple of --num-key-value-heads")
+    if config.max_steps == 0 and config.epochs == 0:
+        raise UsageError("one of --max-steps and --epochs must be above 0")
+    parse_duration(config.max_time, "--max-time")
+    parse_bytes(config.checkpoint_budget, "--checkpoint-budget")
+    return config
+
+
+def to_yaml(config: TrainConfig) -> str:
+    """Return `config` as YAML, each field under its help text as a comment."""
+    lines = []
+    for name, value in dataclasses.asdict(config).items():
+        lines.append(f"# {field_help()[name]}")
+        lines.append(yaml.safe_dump({name: value}, allow_unicode=True, default_flow_style=None, width=1000).rstrip())
+    return "\n".join(lines) + "\n"
