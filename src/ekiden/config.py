@@ -395,5 +395,5 @@ def to_yaml(config: TrainConfig) -> str:
     lines = []
     for name, value in dataclasses.asdict(config).items():
         lines.append(f"# {field_help()[name]}")
-        lines.append(yaml.safe_dump({name: value}, allow_unicode=True, default_flow_style=None, width=1000).rstrip())
+        lines.append(yaml.safe_dump({name: value}, allow_unicode=True, default_flow_style=False, width=1000).rstrip())
     return "\n".join(lines) + "\n"
