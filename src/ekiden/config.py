@@ -122,7 +122,7 @@ class TrainConfig:
     eval_steps: int = 250
     """Steps between two evaluations of the test split; 0: only at the end."""
     eval_tokens: int = 100_000
-    """Tokens of each language's test split evaluated during training; 0: all of them."""
+    """Tokens of each language's test split evaluated in a run; 0: all of them."""
     sample_steps: int = 0
     """Steps between two sets of sample texts; 0: only at the end."""
     sample_prompts: list[str] = field(default_factory=list)
@@ -267,7 +267,7 @@ def coerce(name: str, value: Any, where: str) -> Any:
             return [str(item) for item in (value if isinstance(value, (list, tuple)) else [value])]
         if origin is dict:
             return _to_weights(value)
-    except (ValueError, TypeError, AttributeError):
+    except (LookupError, ValueError, TypeError, AttributeError):
         pass
     shown = kind.__name__ if isinstance(kind, type) and not isinstance(kind, types.GenericAlias) else str(kind)
     raise UsageError(f"{where}: {name} must be of type {shown}, not {value!r}")

@@ -1,0 +1,125 @@
+"""`history.jsonl`: one JSON object a line for everything that happened in a run.
+
+The loop appends; reports, notebooks and trackers read. Floats are written in full precision (repr), so that two
+histories can be compared to the last bit. After a resume the file continues from the checkpoint's step: records of
+later steps are taken out (no step stands twice) and kept in memory, to be compared with the steps as they are done
+again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ekiden.checkpoint import files
+
+STEP_KINDS = ("train", "eval", "samples")
+"""Records that belong to a step; events belong to the session that met them and are never taken out."""
+
+
+class History:
+    """The history of the run in `path`, opened for appending at `step`.
+
+    Args:
+        path: `RUN/history.jsonl`.
+        step: records of steps after this one are taken out.
+
+    Attributes:
+        replaced: loss of each training record taken out, by step.
+        last: step of the newest record of each kind.
+    """
+
+    def __init__(self, path: Path, step: int) -> None:
+        self.path = path
+        self.replaced: dict[int, float] = {}
+        self.last: dict[str, int] = {}
+        kept = []
+        for record in read_history(path):
+            if record.get("kind") in STEP_KINDS and record["step"] > step:
+                if record["kind"] == "train":
+                    self.replaced[record["step"]] = record["loss"]
+            else:
+                kept.append(record)
+                self.last[record["kind"]] = record["step"]
+        lines = "".join(_line(record) for record in kept)
+        if not path.exists() or path.read_text(encoding="utf-8", errors="replace") != lines:
+            files.write_atomic(path, lines.encode())
+        self._file = path.open("a", encoding="utf-8")
+
+    def add(self, kind: str, step: int, **figures: Any) -> dict[str, Any]:
+        """Append one record and return it."""
+        record = {"kind": kind, "step": step, **figures, "time": time.time()}
+        self._file.write(_line(record))
+        self._file.flush()
+        self.last[kind] = step
+        return record
+
+    def event(self, event: str, step: int, **details: Any) -> None:
+        """Append an event: start, resume, save, oom, skip, rollback, stop."""
+        self.add("event", step, event=event, **details)
+
+    def close(self) -> None:
+        """Close the file and write `training_history.json` beside it, the same figures as columns."""
+        self._file.close()
+        columns = json.dumps(_finite(history_columns(read_history(self.path))), ensure_ascii=False)
+        files.write_atomic(self.path.with_name("training_history.json"), columns.encode())
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(_finite(record), ensure_ascii=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    """Return `value` with NaN and infinities as strings: JSON has no numbers for them."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value
+
+
+def read_history(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the records of a history; a line torn by a kill ends it silently, for its step will be done again."""
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
+                yield record
+
+
+def history_columns(records: Iterator[dict[str, Any]]) -> dict[str, Any]:
+    """Return the training and evaluation records as columns, for plotting.
+
+    Returns:
+        {"train": {"step": [...], "loss": [...], ...}, "eval": {"step": [...], "macro_loss": [...],
+        "languages": {LANG: {"step": [...], "loss": [...], ...}}}, "events": [...]}
+    """
+    train: dict[str, list[Any]] = {}
+    evaluation: dict[str, Any] = {"step": [], "macro_loss": [], "languages": {}}
+    events = []
+    for record in records:
+        if record["kind"] == "train":
+            for name, value in record.items():
+                if name != "kind":
+                    train.setdefault(name, []).append(value)
+        elif record["kind"] == "eval":
+            evaluation["step"].append(record["step"])
+            evaluation["macro_loss"].append(record.get("macro", {}).get("loss"))
+            for language, figures in record["languages"].items():
+                columns = evaluation["languages"].setdefault(language, {})
+                for name, value in {"step": record["step"], **figures}.items():
+                    columns.setdefault(name, []).append(value)
+        elif record["kind"] == "event":
+            events.append(record)
+    return {"train": train, "eval": evaluation, "events": events}

@@ -1,0 +1,77 @@
+"""Everything that asks a run to stop or save becomes a flag, read at the step boundary.
+
+Sources: SIGTERM, SIGINT and SIGUSR1 (spot notices, Ctrl-C, Slurm's --signal), the time limit of `--max-time`
+counted from the start of the process, and the files `RUN/stop` and `RUN/save`. A handler only sets a flag: nothing
+is saved inside a signal handler, where the state may be half a step old. A second signal ends the process at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+import psutil
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class Interruption:
+    """The flags of one run.
+
+    Args:
+        run_dir: where the files `stop` and `save` are looked for.
+        max_seconds: time limit of the process; None: none.
+    """
+
+    def __init__(self, run_dir: Path, max_seconds: float | None = None) -> None:
+        self._stop_file, self._save_file = run_dir / "stop", run_dir / "save"
+        self._signal: signal.Signals | None = None
+        # Monotonic time of the process's start: imports alone take 5-30 s of a paid session.
+        age = max(0.0, time.time() - psutil.Process().create_time())
+        self._deadline = time.monotonic() - age + max_seconds if max_seconds is not None else None
+
+    @contextlib.contextmanager
+    def handlers(self) -> Iterator[None]:
+        """Install the signal handlers, and put the old ones back at the end."""
+        before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        if self._signal is not None:
+            os.write(2, b"\nsecond signal: ending at once; the newest checkpoint stays\n")
+            os._exit(128 + number)
+        self._signal = signal.Signals(number)
+        name = self._signal.name.encode()
+        os.write(sys.stderr.fileno(), b"\n" + name + b": finishing the step, then saving; once more ends at once\n")
+
+    def stop_reason(self, reserve_seconds: float) -> str | None:
+        """Return why the run has to stop now, or None.
+
+        Args:
+            reserve_seconds: time that stopping takes (a step and a save, measured), kept free before the deadline.
+        """
+        if self._signal is not None:
+            return self._signal.name
+        if self._deadline is not None and time.monotonic() + reserve_seconds >= self._deadline:
+            return "time limit"
+        if self._stop_file.exists():
+            self._stop_file.unlink(missing_ok=True)
+            return "stop file"
+        return None
+
+    def save_requested(self) -> bool:
+        """Return whether `RUN/save` is there, and take it away."""
+        if not self._save_file.exists():
+            return False
+        self._save_file.unlink(missing_ok=True)
+        return True

@@ -1,0 +1,424 @@
+"""The training loop: the one place where steps, evaluations, saves and stops happen, in that order.
+
+`train(config)` is what `ekiden train` calls and what a notebook imports. It takes settings, reads token shards and
+the run directory, and leaves the run directory further along: history, checkpoints, `best/`, and at the end
+`final_model/` and `result.json`. Called again with the same settings it goes on where the newest checkpoint is.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import psutil
+import torch
+
+from ekiden.checkpoint.background import BackgroundSaver
+from ekiden.checkpoint.store import CheckpointError, CheckpointWriter, replace_folder
+from ekiden.config import TrainConfig, parse_duration, validate
+from ekiden.errors import UserError
+from ekiden.evaluation.loss import evaluate, format_evaluation
+from ekiden.evaluation.samples import sample_texts
+from ekiden.export.huggingface import model_folder_files
+from ekiden.progress import Progress, human_count, human_duration, say
+from ekiden.training.history import History
+from ekiden.training.interruption import Interruption
+from ekiden.training.optimizer import learning_rate
+from ekiden.training.rundir import RunDirectory, TrainResult
+from ekiden.training.start import Start, prepare
+from ekiden.training.state import Snapshot
+from ekiden.training.step import StepFigures, accumulate_gradients, apply_update
+from ekiden.training.trackers import WandbTracker
+
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
+"""What CUDA's and the CPU's allocators say (the CPU's is a plain RuntimeError)."""
+
+
+def train(config: TrainConfig) -> TrainResult:
+    """Train until the run is complete or has to stop; resume by itself where there is something to resume.
+
+    Returns:
+        How this call ended; `result.json` in the run directory says the same.
+
+    Raises:
+        UserError: settings, data or checkpoints that no training can use.
+    """
+    validate(config)
+    for name in ("dataset_path", "output_dir"):
+        if not getattr(config, name):
+            raise UserError(f"--{name.replace('_', '-')} is not set; give a folder")
+    run = RunDirectory(config.output_dir)
+    with run.lock():
+        interruption = Interruption(run.path, parse_duration(config.max_time, "--max-time"))
+        with interruption.handlers():
+            try:
+                return Trainer(config, run, interruption).run_to_end()
+            except BaseException as error:
+                write_failure(run, error)
+                raise
+
+
+def write_failure(run: RunDirectory, error: BaseException) -> None:
+    """Leave `result.json` as failed, with what the checkpoints and the history still hold."""
+    names = sorted(path.name for path in run.checkpoints.glob("step-*")) if run.checkpoints.is_dir() else []
+    step = int(names[-1].removeprefix("step-")) if names else 0
+    try:
+        run.write_result(TrainResult("failed", step, 0, str(error) or type(error).__name__, names[-1] if names else None))
+    except OSError as second:
+        say(f"result.json could not be written ({second.strerror})")
+
+
+class Trainer:
+    """One session of a run: from the newest checkpoint to the end, or to whatever stops it."""
+
+    def __init__(self, config: TrainConfig, run: RunDirectory, interruption: Interruption) -> None:
+        self.config, self.directory, self.interruption = config, run, interruption
+        self.start = prepare(config, run)
+        self.state, self.store, self.batches = self.start.state, self.start.store, self.start.batches
+        self.counters = self.state.counters
+        self.folder_files = model_folder_files(self.state.model, self.start.tokenizer)
+        self.history = History(run.history, self.counters.step)
+        self.saver = BackgroundSaver()
+        self.tracker = WandbTracker(config, run.path, self.counters.wandb_run_id) if config.use_wandb else None
+        if self.tracker:
+            self.counters.wandb_run_id = self.tracker.run_id
+        self.saved_step = self.start.resumed_from.step if self.start.resumed_from else -1
+        self.step_seconds = 0.0
+        self.verified_resume = self.start.resumed_from is None
+        run.write_config(config)
+
+    # -- the session ------------------------------------------------------------------------------------------
+
+    def run_to_end(self) -> TrainResult:
+        """Do the remaining steps; return how the session ended."""
+        resumed = self.start.resumed_from is not None
+        self.history.event("resume" if resumed else "start", self.counters.step, **self.start.notes)
+        try:
+            reason = self._steps()
+            if reason is None:
+                result = self._complete()
+            else:
+                self._save(wait=True)
+                result = self._result("paused", reason)
+                say(f"stopped at step {self.counters.step} ({reason}); run the same command again to go on")
+            self.history.event("stop", self.counters.step, status=result.status, reason=result.reason)
+            self.directory.write_result(result)
+            return result
+        except Exception as error:
+            self.history.event("stop", self.counters.step, status="failed", reason=str(error))
+            raise
+        finally:
+            self.saver.wait()
+            self.history.close()
+            if self.tracker:
+                self.tracker.close()
+
+    def _steps(self) -> str | None:
+        """Train until the last step, or until there is a reason to stop; return the reason."""
+        config, counters = self.config, self.counters
+        progress = Progress(self.start.max_steps, "step", "train", initial=counters.step)
+        interval_seconds, interval_start = 0.0, counters.step
+        try:
+            while counters.step < self.start.max_steps:
+                began = time.perf_counter()
+                figures = self._step()
+                skipped = bool(figures.skipped)
+                seconds = time.perf_counter() - began
+                self.step_seconds = max(seconds, 0.9 * self.step_seconds)
+                counters.seconds += seconds
+                interval_seconds += seconds
+                if not skipped:
+                    counters.bad_in_row = 0
+                elif self._skipped_step(figures):
+                    counters = self.counters
+                    progress.update(counters.step - progress.done)
+                    interval_seconds, interval_start = 0.0, counters.step
+                    continue
+                step = counters.step
+                shown: dict[str, object] = {}
+                if self._due(config.log_steps) or step == 1 or step == self.start.max_steps:
+                    rate = (step - interval_start) * self._tokens_per_step() / max(interval_seconds, 1e-9)
+                    shown = self._log(figures, rate)
+                    interval_seconds, interval_start = 0.0, step
+                if config.eval_steps and self._due(config.eval_steps) and step < self.start.max_steps:
+                    self._evaluate(config.eval_tokens)
+                if config.sample_steps and self._due(config.sample_steps) and step < self.start.max_steps:
+                    self._samples()
+                progress.update(1, **shown)
+                self._check_saver()
+                reason = self.interruption.stop_reason(self._reserve_seconds())
+                if reason and step < self.start.max_steps:
+                    return reason
+                if (config.save_steps and self._due(config.save_steps)) or self.interruption.save_requested():
+                    self._save(wait=not config.background_save)
+        finally:
+            progress.close()
+        return None
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.counters.step % every == 0
+
+    def _tokens_per_step(self) -> int:
+        return self.counters.global_batch * self.config.max_length
+
+    def _reserve_seconds(self) -> float:
+        """Time that the next step and the last save need before a deadline, twice over since disks are moody."""
+        measured = self.counters.save_seconds or 30.0
+        return 2 * (self.step_seconds + measured)
+
+    # -- one step ---------------------------------------------------------------------------------------------
+
+    def _step(self) -> StepFigures:
+        """Do one optimizer step; halve the microbatch and repeat it where the device runs out of memory."""
+        config, counters = self.config, self.counters
+        while True:
+            problem: str | None = None
+            try:
+                loss = accumulate_gradients(
+                    self.state.model,
+                    self.batches.microbatches(counters.data_step(counters.step), counters.microbatch),
+                    self._tokens_per_step(),
+                    self.start.precision,
+                    self.state.scaler,
+                    config.loss_chunk_size,
+                )
+            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                problem = str(error).splitlines()[0] if str(error) else type(error).__name__
+            if problem is None:
+                break
+            # Outside the except block: the traceback would keep the activations alive.
+            self._halve_microbatch(problem)
+        rate = learning_rate(counters.step, config, self.start.max_steps)
+        figures = apply_update(self.state.optimizer, loss, rate, config.max_grad_norm, self.state.scaler)
+        counters.step += 1
+        counters.tokens += self._tokens_per_step()
+        return figures
+
+    def _halve_microbatch(self, problem: str) -> None:
+        """Make room: half the microbatch, twice the accumulation, the same global batch.
+
+        Raises:
+            UserError: the microbatch is one sample already.
+        """
+        counters = self.counters
+        self.state.optimizer.zero_grad(set_to_none=True)
+        gc.collect()
+        if self.start.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if counters.microbatch == 1:
+            raise UserError(
+                f"out of memory at step {counters.step + 1} with one sample of {self.config.max_length} tokens; lower "
+                "--max-length or choose a smaller preset"
+            )
+        smaller = counters.microbatch // 2
+        say(f"out of memory at step {counters.step + 1}: microbatch {counters.microbatch} -> {smaller}, same global batch")
+        self.history.event("oom", counters.step, microbatch=[counters.microbatch, smaller], problem=problem)
+        counters.microbatch_schedule.append([counters.step, smaller])
+
+    def _skipped_step(self, figures: StepFigures) -> bool:
+        """Count a step whose loss or gradient was not finite; return True after a roll-back.
+
+        A GradScaler's own skips (finite loss, overflowed gradient) are how it finds its scale, and are only recorded.
+
+        Raises:
+            UserError: the run rolled back too often.
+        """
+        config, counters = self.config, self.counters
+        loss = float(figures.loss)
+        counters.skipped_steps += 1
+        self.history.event("skip", counters.step, loss=loss, grad_norm=float(figures.grad_norm))
+        if self.state.scaler is not None and math.isfinite(loss):
+            return False
+        counters.bad_in_row += 1
+        say(f"step {counters.step}: loss {loss} or its gradient is not finite; the update was skipped")
+        if counters.bad_in_row < config.max_bad_steps:
+            return False
+        first_bad = counters.step - counters.bad_in_row
+        if counters.rollbacks >= config.max_rollbacks:
+            raise UserError(
+                f"{counters.bad_in_row} steps in a row without a finite loss up to step {counters.step}, after "
+                f"{counters.rollbacks} roll-backs; lower --learning-rate or look at the data of these steps"
+            )
+        self._roll_back(first_bad, counters.bad_in_row)
+        return True
+
+    def _roll_back(self, first_bad: int, count: int) -> None:
+        """Go back to the newest good checkpoint (or the start) and leave out the batches that failed."""
+        self.saver.wait()
+        before = self.counters
+        self.start = prepare(self.config, self.directory)
+        self.state, self.store, self.batches = self.start.state, self.start.store, self.start.batches
+        self.counters = self.state.counters
+        self.counters.skipped_batches = [*before.skipped_batches, [first_bad, count]]
+        self.counters.rollbacks, self.counters.skipped_steps = before.rollbacks + 1, before.skipped_steps
+        self.history.close()
+        self.history = History(self.directory.history, self.counters.step)
+        self.history.event("rollback", self.counters.step, first_bad_step=first_bad + 1, batches_left_out=count)
+        say(f"rolled back to step {self.counters.step}; the {count} batches from step {first_bad + 1} on are left out")
+
+    # -- what is recorded ---------------------------------------------------------------------------------------
+
+    def _log(self, figures: StepFigures, tokens_per_second: float) -> dict[str, object]:
+        """Write the training record of this step; return the figures to show."""
+        counters = self.counters
+        loss = float(figures.loss)
+        record = self.history.add(
+            "train",
+            counters.step,
+            loss=loss,
+            learning_rate=learning_rate(counters.step - 1, self.config, self.start.max_steps),
+            grad_norm=float(figures.grad_norm),
+            samples=counters.step * counters.global_batch,
+            tokens=counters.tokens,
+            tokens_per_second=tokens_per_second,
+            memory_bytes=memory_bytes(self.start.device),
+            seconds=counters.seconds,
+        )
+        if self.tracker:
+            self.tracker.log(record)
+        self._verify_resume(counters.step, loss)
+        shown: dict[str, object] = {"loss": f"{loss:.4f}", "tok/s": human_count(tokens_per_second)}
+        if self.config.save_steps:
+            left = self.config.save_steps - counters.step % self.config.save_steps
+            shown["next checkpoint"] = human_duration(left * self.step_seconds)
+        return shown
+
+    def _verify_resume(self, step: int, loss: float) -> None:
+        """Compare the first repeated step with what the interrupted session had logged for it, bit for bit."""
+        before = self.history.replaced.get(step)
+        if self.verified_resume or before is None:
+            return
+        self.verified_resume = True
+        if before == loss:
+            say(f"resume verified bit-exact at step {step}")
+        elif self.start.notes.get("level") == "L1":
+            say(f"step {step} is not bit-identical to the interrupted session's: loss {loss!r} now, {before!r} then")
+        self.history.event("resume-verified", step, bit_exact=before == loss)
+
+    def _evaluate(self, tokens_per_language: int) -> dict[str, Any]:
+        """Evaluate every language, keep the best model so far; return the figures."""
+        counters = self.counters
+        result = evaluate(
+            self.state.model,
+            self.start.dataset,
+            length=self.config.max_length,
+            tokens_per_language=tokens_per_language or None,
+            batch_size=counters.microbatch,
+            precision=self.start.precision,
+        )
+        record = self.history.add("eval", counters.step, **result)
+        if self.tracker:
+            self.tracker.log(record)
+        say(f"step {counters.step} evaluation\n{format_evaluation(result)}")
+        loss = result["macro"]["loss"] if result["macro"] else None
+        if loss is not None and (counters.best_loss is None or loss < counters.best_loss):
+            counters.best_loss = loss
+            self._write_model(self.directory.best, loss)
+        return result
+
+    def _samples(self) -> None:
+        texts = sample_texts(
+            self.state.model,
+            self.start.tokenizer,
+            self.start.dataset,
+            prompts=self.config.sample_prompts or None,
+            max_new_tokens=self.config.sample_tokens,
+            seed=self.config.seed,
+        )
+        self.history.add("samples", self.counters.step, languages=texts)
+        for language, samples in texts.items():
+            say(f"step {self.counters.step} sample ({language}): {samples[0]['prompt']} >> {samples[0]['text']}")
+
+    # -- what is kept -------------------------------------------------------------------------------------------
+
+    def _save(self, wait: bool) -> None:
+        """Save the state of this step boundary, beside training unless `wait`."""
+        step = self.counters.step
+        if step != self.saved_step:
+            self.saver.wait()
+            try:
+                snapshot = self.state.snapshot()
+            except FloatingPointError as error:
+                raise UserError(f"{error}; nothing was saved, go on from the newest checkpoint with a lower --learning-rate")
+            self.saved_step = step
+            self.saver.submit(self._saving(snapshot))
+        if wait:
+            self.saver.wait()
+        self._check_saver()
+
+    def _saving(self, snapshot: Snapshot) -> Callable[[], None]:
+        """Return the work of writing `snapshot`, to be done in the background."""
+
+        def write(writer: CheckpointWriter) -> None:
+            for name, content in self.folder_files.items():
+                writer.bytes(name, content)
+            snapshot.write(writer)
+
+        def save() -> None:
+            began = time.perf_counter()
+            self.store.save(snapshot.step, write, {"tokens": snapshot.trainer["counters"]["tokens"]})
+            self.counters.save_seconds = max(self.counters.save_seconds, time.perf_counter() - began)
+
+        return save
+
+    def _check_saver(self) -> None:
+        """Report what became of the save in the background: a failed one costs the new checkpoint, never an old one."""
+        for error in self.saver.failures():
+            self.saved_step = -1
+            if not isinstance(error, (CheckpointError, OSError)):
+                raise error
+            say(f"a checkpoint could not be saved ({error}); training goes on, older checkpoints stay")
+            self.history.event("save-failed", self.counters.step, problem=str(error))
+
+    def _write_model(self, target: Any, loss: float | None) -> None:
+        """Write the weights of this step as a Hugging Face folder, replacing the one before it atomically."""
+        snapshot = self.state.snapshot()
+
+        def write(writer: CheckpointWriter) -> None:
+            for name, content in self.folder_files.items():
+                writer.bytes(name, content)
+            writer.tensors("model.safetensors", snapshot.model, metadata={"format": "pt"})
+
+        try:
+            replace_folder(target, write, {"step": snapshot.step, "loss": loss})
+        except (CheckpointError, OSError) as error:
+            say(f"{target.name}/ could not be written ({error}); training goes on, the one before it stays")
+            self.history.event("save-failed", self.counters.step, problem=str(error), folder=target.name)
+
+    def _complete(self) -> TrainResult:
+        """Evaluate, save and export at the last step."""
+        already = self.start.resumed_from is not None and self.start.resumed_from.step == self.start.max_steps
+        if already and self.directory.final_model.is_dir():
+            say(f"all {self.start.max_steps} steps are done; raise --max-steps to train on")
+            return self._result("completed", "all steps done")
+        self._save(wait=True)
+        # A session killed between that save and here leaves these to the next one, which does them once.
+        if self.history.last.get("eval") != self.counters.step:
+            self._evaluate(self.config.eval_tokens)
+        if self.history.last.get("samples") != self.counters.step:
+            self._samples()
+        self._write_model(self.directory.final_model, self.counters.best_loss)
+        return self._result("completed", "all steps done")
+
+    def _result(self, status: str, reason: str) -> TrainResult:
+        name = f"step-{self.saved_step:08d}" if self.saved_step >= 0 else None
+        return TrainResult(status, self.counters.step, self.counters.tokens, reason, name)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether `error` is an allocator's, on any device."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
+        sign in str(error) for sign in OUT_OF_MEMORY
+    )
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Return the peak bytes allocated on a GPU, or the process's resident bytes on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return psutil.Process().memory_info().rss

@@ -1,0 +1,87 @@
+"""The run directory: who may write in it, and the small files that say what the run is and how it ended.
+
+`RUN/config.yaml`, `RUN/result.json` and the lock are written here; checkpoints by `checkpoint.store`, the history by
+`training.history`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from ekiden.checkpoint import files
+from ekiden.config import TrainConfig, to_yaml
+from ekiden.errors import UserError
+
+
+@dataclass
+class TrainResult:
+    """How a call of `train` ended; also `RUN/result.json`.
+
+    status: completed (all steps done), paused (run the same command again) or failed; step and tokens: of the whole
+    run so far; reason: what ended this call; checkpoint: name of the newest one, or None.
+    """
+
+    status: str
+    step: int
+    tokens: int
+    reason: str
+    checkpoint: str | None
+
+
+class RunDirectory:
+    """The folder of one run."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            probe = self.path / f".writable-{os.getpid()}"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise UserError(
+                f"--output-dir {self.path} cannot be written ({error.strerror}); give a folder on a writable disk with space"
+            ) from None
+        self.history = self.path / "history.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+        self.best = self.path / "best"
+        self.final_model = self.path / "final_model"
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run directory for this process.
+
+        The kernel drops the lock when the process ends, however it ends: there are no stale ones to clear.
+
+        Raises:
+            UserError: another process trains here.
+        """
+        lock = FileLock(self.path / ".lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            holder = (self.path / ".lock-holder").read_text(errors="replace").strip() or "another process"
+            raise UserError(
+                f"--output-dir {self.path} is in use by {holder}; wait for it, stop it, or give another folder"
+            ) from None
+        try:
+            (self.path / ".lock-holder").write_text(f"process {os.getpid()} on {socket.gethostname()}")
+            yield
+        finally:
+            lock.release()
+
+    def write_config(self, config: TrainConfig) -> None:
+        """Write `config.yaml`, complete enough to be a recipe of its own."""
+        files.write_atomic(self.path / "config.yaml", to_yaml(config).encode())
+
+    def write_result(self, result: TrainResult) -> None:
+        """Write `result.json`."""
+        files.write_atomic(self.path / "result.json", (json.dumps(asdict(result), indent=1) + "\n").encode())

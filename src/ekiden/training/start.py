@@ -1,0 +1,238 @@
+"""From settings to a state ready for its next step: fresh, or the newest checkpoint put back.
+
+Reads the token shards and the run directory, builds model, optimizer and mixture, and says in one line what it
+found: a fresh start, or the step it goes on from, which settings changed, and whether the run will be bit-identical.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import ekiden
+from ekiden.checkpoint.store import Checkpoint, CheckpointStore
+from ekiden.config import TrainConfig, parse_bytes
+from ekiden.errors import UserError
+from ekiden.modeling.build import body, build_model, parameter_counts
+from ekiden.modeling.device import Precision, configure_determinism, select_device, select_precision
+from ekiden.progress import human_count, say
+from ekiden.tokenizer.load import Tokenizer
+from ekiden.tokens.batches import Batches
+from ekiden.tokens.format import TokenDataset
+from ekiden.tokens.mixture import Mixture, plan_mixture
+from ekiden.training.optimizer import build_optimizer
+from ekiden.training.rundir import RunDirectory
+from ekiden.training.state import TrainingState, changed_settings
+
+
+@dataclass
+class Start:
+    """Everything the loop needs.
+
+    max_steps: optimizer steps of the whole run. resumed_from: the checkpoint, or None for a fresh start. notes: what
+    the start's event records.
+    """
+
+    state: TrainingState
+    dataset: TokenDataset
+    tokenizer: Tokenizer
+    batches: Batches
+    store: CheckpointStore
+    device: torch.device
+    precision: Precision
+    max_steps: int
+    resumed_from: Checkpoint | None
+    notes: dict[str, Any]
+
+
+def prepare(config: TrainConfig, run: RunDirectory) -> Start:
+    """Return the run at its next step.
+
+    Raises:
+        UserError: missing or changed data, a setting that may not change, no good checkpoint among damaged ones.
+    """
+    threads = configure_determinism(config.num_threads or None)
+    device = select_device(config.device)
+    precision = select_precision(device, config.precision)
+    dataset = TokenDataset.open(config.dataset_path)
+    tokenizer = dataset.tokenizer()
+    store = CheckpointStore(
+        run.checkpoints, config.max_checkpoints, parse_bytes(config.checkpoint_budget, "--checkpoint-budget")
+    )
+    checkpoint = find_checkpoint(config, store)
+    saved = checkpoint.json("trainer_state.json") if checkpoint else None
+    global_batch = config.batch_size * config.gradient_accumulation_steps
+    changed: dict[str, tuple[Any, Any]] = {}
+    if saved:
+        changed = changed_settings(saved["config"], config)
+        check_data(saved["identity"], dataset, config)
+        mixture = Mixture.from_dict(saved["mixture"])
+        global_batch = check_global_batch(saved["counters"]["global_batch"], config)
+    else:
+        mixture = fresh_mixture(config, dataset, global_batch)
+    model = build_model(
+        config,
+        vocab_size=tokenizer.vocab_size,
+        pad_id=tokenizer.pad_id,
+        bos_id=tokenizer.bos_id,
+        eos_id=tokenizer.eos_id,
+        seed=config.seed,
+    ).to(device)
+    compiled = config.compile == "on" or (config.compile == "auto" and device.type == "cuda")
+    if compiled:
+        body(model).compile()
+    optimizer = build_optimizer(model, config)
+    scaler = torch.amp.GradScaler(device.type) if precision.use_scaler else None
+    identity = {
+        "data": dataset.fingerprint,
+        "tokenizer": dataset.tokenizer_sha256,
+        "environment": environment(device, precision, threads, compiled),
+    }
+    state = TrainingState(config, model, optimizer, scaler, mixture, identity)
+    if checkpoint and saved:
+        state.restore(checkpoint)
+        if "batch_size" in changed:
+            state.counters.microbatch_schedule.append([checkpoint.step, config.batch_size])
+    else:
+        state.counters.global_batch = global_batch
+        state.counters.microbatch_schedule = [[0, config.batch_size]]
+    max_steps = config.max_steps or steps_of_epochs(config, dataset, global_batch)
+    notes = describe(state, max_steps, saved, changed)
+    batches = Batches(dataset, mixture, global_batch)
+    return Start(state, dataset, tokenizer, batches, store, device, precision, max_steps, checkpoint, notes)
+
+
+def find_checkpoint(config: TrainConfig, store: CheckpointStore) -> Checkpoint | None:
+    """Return the checkpoint to go on from: the one asked for, else the newest good one, else None.
+
+    Raises:
+        UserError: the one asked for is missing or damaged; or some exist and none is good.
+    """
+    if config.resume_from == "auto":
+        return store.newest()
+    path = Path(config.resume_from)
+    if not path.is_dir():
+        raise UserError(f"--resume-from {path} is not a checkpoint folder; give RUN/checkpoints/step-N, or auto")
+    return Checkpoint.open(path)
+
+
+def fresh_mixture(config: TrainConfig, dataset: TokenDataset, global_batch: int) -> Mixture:
+    """Return the mixture that a new run keeps for ever."""
+    tokens = {name: dataset.split(name, "train").tokens for name in dataset.languages}
+    empty = [name for name, count in tokens.items() if count == 0]
+    for name in empty:
+        say(f"{name} has no training tokens and is left out")
+    tokens = {name: count for name, count in tokens.items() if count > 0}
+    if not tokens:
+        raise UserError(f"--dataset-path {config.dataset_path} holds no training tokens; preprocess a larger corpus")
+    steps = config.max_steps or steps_of_epochs(config, dataset, global_batch)
+    return plan_mixture(
+        tokens,
+        config.max_length,
+        config.seed,
+        temperature=config.temperature,
+        weights=config.language_weights or None,
+        max_epochs=config.max_epochs_per_language or None,
+        total_samples=steps * global_batch,
+    )
+
+
+def steps_of_epochs(config: TrainConfig, dataset: TokenDataset, global_batch: int) -> int:
+    """Return the steps in which `epochs` times as many tokens are seen as the training split holds."""
+    tokens = sum(dataset.split(name, "train").tokens for name in dataset.languages)
+    return max(1, math.ceil(config.epochs * tokens / (global_batch * config.max_length)))
+
+
+def check_data(identity: dict[str, Any], dataset: TokenDataset, config: TrainConfig) -> None:
+    """Refuse data that is not the data the run began with.
+
+    Raises:
+        UserError: the tokenizer or the shards differ.
+    """
+    for key, now, what in (
+        ("tokenizer", dataset.tokenizer_sha256, "tokenizer"),
+        ("data", dataset.fingerprint, "token shards"),
+    ):
+        if identity[key] != now:
+            raise UserError(
+                f"--dataset-path {config.dataset_path}: its {what} differ from what this run began with "
+                f"({identity[key][:12]} then, {now[:12]} now); give the same data, or another --output-dir for a new run"
+            )
+
+
+def check_global_batch(began_with: int, config: TrainConfig) -> int:
+    """Return the run's global batch after checking that the settings still make it.
+
+    Raises:
+        UserError: they do not.
+    """
+    now = config.batch_size * config.gradient_accumulation_steps
+    if now != began_with:
+        raise UserError(
+            f"--batch-size {config.batch_size} x --gradient-accumulation-steps {config.gradient_accumulation_steps} is a "
+            f"global batch of {now} samples, but this run began with {began_with}; give values whose product is {began_with}"
+        )
+    return now
+
+
+def environment(device: torch.device, precision: Precision, threads: int, compiled: bool) -> dict[str, Any]:
+    """Return what has to be equal for a resumed run to be bit-identical (on a CPU the thread count orders the sums)."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+    facts = {
+        "device": name,
+        "precision": precision.name,
+        "compiled": compiled,
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
+        "ekiden": ekiden.__version__,
+    }
+    return facts | ({"threads": threads} if device.type == "cpu" else {})
+
+
+def cpu_name() -> str:
+    """Return the processor's model name, or its architecture where the system does not tell."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def describe(
+    state: TrainingState, max_steps: int, saved: dict[str, Any] | None, changed: dict[str, tuple[Any, Any]]
+) -> dict[str, Any]:
+    """Say what starts or goes on, and return the same as the event's details."""
+    counters, config = state.counters, state.config
+    blocks, embedding = parameter_counts(state.model)
+    now = state.identity["environment"]
+    notes: dict[str, Any] = {"environment": now, "pid": os.getpid(), "max_steps": max_steps}
+    say(
+        f"{config.preset}: {human_count(blocks)} parameters in blocks + {human_count(embedding)} in the embedding; "
+        f"{now['device']}, {now['precision']}; {max_steps} steps of {counters.global_batch} x {config.max_length} tokens"
+    )
+    if saved is None:
+        say(state.mixture.describe(max_steps * counters.global_batch * config.max_length))
+        return notes
+    for name, (before, after) in changed.items():
+        say(f"changed setting: {name} was {before}, is {after}")
+    then = saved["identity"]["environment"]
+    differing = [f"{key} was {then.get(key)}, is {now.get(key)}" for key in now | then if then.get(key) != now.get(key)]
+    if "batch_size" in changed:
+        differing.append(f"microbatch was {changed['batch_size'][0]}, is {changed['batch_size'][1]}")
+    if differing:
+        say(f"resuming at step {counters.step}: same data order; sums may differ in the last bits ({'; '.join(differing)})")
+    else:
+        say(f"resuming at step {counters.step}: same data order, bit-identical to an uninterrupted run")
+    notes["changed"] = {name: list(values) for name, values in changed.items()}
+    notes["level"] = "L3" if differing else "L1"
+    notes["differing"] = differing
+    return notes

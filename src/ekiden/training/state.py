@@ -1,0 +1,197 @@
+"""The one state object of a run: what a checkpoint holds, and nothing else decides how the run goes on.
+
+`training.loop` changes it step by step; `snapshot` copies it at a step boundary so that it can be written beside
+training; `restore` puts a verified checkpoint back into it, to the last bit.
+
+Files of a checkpoint: `model.safetensors` with `config.json` and the tokenizer (so the folder is a Hugging Face
+folder too), `optimizer.safetensors` (moments by parameter name), `rng.safetensors`, `trainer_state.json`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ekiden.checkpoint.store import Checkpoint, CheckpointWriter
+from ekiden.config import RESUME_FREE, TrainConfig
+from ekiden.errors import UserError
+from ekiden.tokens.mixture import Mixture
+
+TensorDict = dict[str, torch.Tensor]
+
+
+@dataclass
+class Counters:
+    """The numbers of a run's state; JSON in `trainer_state.json`.
+
+    Attributes:
+        step: optimizer steps done. tokens: training tokens seen. seconds: of training, over all sessions.
+        global_batch: samples a step, fixed at the start for ever.
+        microbatch_schedule: [from step, samples]: the microbatch, changed by running out of memory or by hand.
+        best_loss: lowest macro evaluation loss, nats a token; None before the first evaluation.
+        bad_in_row: steps just skipped in a row. skipped_steps: steps skipped in all. rollbacks: done so far.
+        skipped_batches: [from step, global batches]: data left out after a roll-back.
+        save_seconds: longest time a save took; reserved before a deadline.
+        wandb_run_id: the tracker's run, to be continued.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    global_batch: int = 0
+    microbatch_schedule: list[list[int]] = field(default_factory=list)
+    best_loss: float | None = None
+    bad_in_row: int = 0
+    skipped_steps: int = 0
+    rollbacks: int = 0
+    skipped_batches: list[list[int]] = field(default_factory=list)
+    save_seconds: float = 0.0
+    wandb_run_id: str | None = None
+
+    @property
+    def microbatch(self) -> int:
+        """Samples a device takes at a time, now."""
+        return self.microbatch_schedule[-1][1]
+
+    def data_step(self, step: int) -> int:
+        """Return the index of the global batch that `step` trains on: its own, plus the batches left out before it."""
+        return step + sum(count for first, count in self.skipped_batches if step >= first)
+
+
+@dataclass
+class Snapshot:
+    """A copy of the whole state in host memory, safe to write while training goes on."""
+
+    step: int
+    model: TensorDict
+    optimizer: TensorDict
+    rng: TensorDict
+    trainer: dict[str, Any]
+
+    def write(self, writer: CheckpointWriter) -> None:
+        """Write the files of a checkpoint that change from save to save."""
+        writer.tensors("model.safetensors", self.model, metadata={"format": "pt"})
+        writer.tensors("optimizer.safetensors", self.optimizer)
+        writer.tensors("rng.safetensors", self.rng)
+        writer.json("trainer_state.json", self.trainer)
+
+
+class TrainingState:
+    """Model, optimizer, scaler and counters of a run, with the facts that identify it.
+
+    Args:
+        identity: JSON facts kept with every checkpoint: data and tokenizer fingerprints and the environment that
+            decides whether results stay bit-identical (`training.start.environment`).
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler | None,
+        mixture: Mixture,
+        identity: dict[str, Any],
+    ) -> None:
+        self.config, self.model, self.optimizer, self.scaler = config, model, optimizer, scaler
+        self.mixture, self.identity = mixture, identity
+        self.counters = Counters()
+
+    def snapshot(self) -> Snapshot:
+        """Return a copy of everything a checkpoint holds.
+
+        Raises:
+            FloatingPointError: a weight is not finite; such a state is never written.
+        """
+        model = {name: _copy(p) for name, p in self.model.named_parameters()}
+        for name, tensor in model.items():
+            if not torch.isfinite(tensor).all():
+                raise FloatingPointError(f"{name} is not finite at step {self.counters.step}")
+        rng = {"cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            rng |= {f"cuda{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+        trainer = {
+            "counters": dataclasses.asdict(self.counters),
+            "config": dataclasses.asdict(self.config),
+            "mixture": self.mixture.as_dict(),
+            "scaler": self.scaler.state_dict() if self.scaler is not None else None,
+            "identity": self.identity,
+        }
+        return Snapshot(self.counters.step, model, self._optimizer_tensors(), rng, trainer)
+
+    def _optimizer_tensors(self) -> TensorDict:
+        tensors = {}
+        for name, parameter in self.model.named_parameters():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"{key}/{name}"] = _copy(value)
+        return tensors
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Put `checkpoint` into this state.
+
+        Raises:
+            UserError: its tensors are not this model's.
+        """
+        trainer = checkpoint.json("trainer_state.json")
+        parameters = dict(self.model.named_parameters())
+        load_weights(self.model, checkpoint.tensors("model.safetensors"), str(checkpoint.path))
+        moments = checkpoint.tensors("optimizer.safetensors")
+        self.optimizer.state.clear()
+        for full_name, value in moments.items():
+            key, name = full_name.split("/", 1)
+            parameter = parameters[name]
+            # AdamW's fused kernel keeps `step` on the parameter's device in fp32, like the moments.
+            self.optimizer.state[parameter][key] = value.to(parameter.device, copy=True)
+        rng = checkpoint.tensors("rng.safetensors")
+        torch.set_rng_state(rng["cpu"].clone())
+        if torch.cuda.is_available() and f"cuda{torch.cuda.device_count() - 1}" in rng:
+            torch.cuda.set_rng_state_all([rng[f"cuda{i}"].clone() for i in range(torch.cuda.device_count())])
+        if self.scaler is not None and trainer["scaler"]:
+            self.scaler.load_state_dict(trainer["scaler"])
+        self.counters = Counters(**trainer["counters"])
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to("cpu", copy=True)
+
+
+def load_weights(model: nn.Module, tensors: TensorDict, where: str) -> None:
+    """Copy `tensors` into the parameters of the same names.
+
+    Raises:
+        UserError: a name is missing or left over, or a shape differs.
+    """
+    parameters = dict(model.named_parameters())
+    for name in parameters.keys() ^ tensors.keys():
+        raise UserError(
+            f"{where} does not hold this model: {name} is only in {'the model' if name in parameters else 'the file'}"
+        )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            if parameter.shape != tensors[name].shape:
+                raise UserError(
+                    f"{where} does not hold this model: {name} is {tuple(tensors[name].shape)}, not {tuple(parameter.shape)}"
+                )
+            parameter.copy_(tensors[name])
+
+
+def changed_settings(saved: dict[str, Any], config: TrainConfig) -> dict[str, tuple[Any, Any]]:
+    """Return {name: (saved, now)} for every setting that differs from the checkpoint's.
+
+    Raises:
+        UserError: one of them would make it another run.
+    """
+    now = dataclasses.asdict(config)
+    changed = {name: (saved[name], now[name]) for name in now if name in saved and saved[name] != now[name]}
+    for name, (before, after) in changed.items():
+        if name not in RESUME_FREE:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(
+                f"{flag} {after} differs from the {before} this run began with; give {flag} {before}, or another "
+                "--output-dir for a new run"
+            )
+    return changed

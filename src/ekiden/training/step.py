@@ -1,0 +1,106 @@
+"""One optimizer step and nothing else: gradients over microbatches, clipping, the update.
+
+The loop gives it batches and takes back the loss; planning can run it on fake tensors and a benchmark can time it.
+Nothing in here waits for the device: a step with a non-finite loss or gradient is skipped by the optimizer's own
+kernel (`found_inf`), and whoever wants the figures reads them when it likes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ekiden.modeling.build import head_weight, hidden_states
+from ekiden.modeling.device import Precision
+from ekiden.modeling.loss import chunked_cross_entropy
+
+fault_hook: Callable[[int, str], None] | None = None
+"""Called with (microbatch index, 'forward' | 'backward') before each; tests raise from it what a device would."""
+
+
+@dataclass
+class StepFigures:
+    """What one step left behind, on the device.
+
+    loss: mean nats a token over the global batch; grad_norm: global norm before clipping; skipped: 1.0 where the
+    loss or a gradient was not finite and the weights were left as they were.
+    """
+
+    loss: torch.Tensor
+    grad_norm: torch.Tensor
+    skipped: torch.Tensor
+
+
+def accumulate_gradients(
+    model: torch.nn.Module,
+    microbatches: Iterable[tuple[np.ndarray, np.ndarray]],
+    total_tokens: int,
+    precision: Precision,
+    scaler: torch.amp.GradScaler | None = None,
+    loss_chunk_size: int = 1024,
+) -> torch.Tensor:
+    """Add the gradients of all microbatches to the model's parameters and return the mean loss.
+
+    Args:
+        microbatches: (inputs, targets), int64, [b, T] each.
+        total_tokens: tokens of the global batch. Dividing by it, not by each microbatch's own count, makes the
+            gradient independent of how the batch is cut.
+
+    Returns:
+        The loss in nats a token, fp32 scalar on the model's device.
+    """
+    device = head_weight(model).device
+    loss_sum = torch.zeros((), dtype=torch.float32, device=device)
+    for index, (inputs, targets) in enumerate(microbatches):
+        input_ids, target_ids = _to_device(inputs, device), _to_device(targets, device)
+        if fault_hook:
+            fault_hook(index, "forward")
+        with torch.autocast(device.type, precision.dtype, enabled=precision.dtype != torch.float32):
+            hidden = hidden_states(model, input_ids)
+            loss = chunked_cross_entropy(
+                hidden.reshape(-1, hidden.shape[-1]), head_weight(model), target_ids.reshape(-1), loss_chunk_size
+            )
+        mean = loss / total_tokens
+        if fault_hook:
+            fault_hook(index, "backward")
+        (scaler.scale(mean) if scaler is not None else mean).backward()
+        loss_sum += mean.detach()
+    return loss_sum
+
+
+def _to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def apply_update(
+    optimizer: torch.optim.Optimizer,
+    loss: torch.Tensor,
+    learning_rate: float,
+    max_grad_norm: float,
+    scaler: torch.amp.GradScaler | None = None,
+) -> StepFigures:
+    """Clip the gradients, update the weights and clear the gradients.
+
+    The update is left out, inside the fused kernel, where loss or gradients are not finite; a GradScaler then also
+    lowers its scale.
+    """
+    if scaler is not None:
+        scaler.unscale_(optimizer)
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    if max_grad_norm > 0:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, grad_norm)
+    skipped = (~(torch.isfinite(loss) & torch.isfinite(grad_norm))).float()
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    # torch's own protocol between GradScaler and fused optimizers; used for every precision.
+    optimizer.grad_scale, optimizer.found_inf = None, skipped  # type: ignore[attr-defined]
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    if scaler is not None:
+        scaler.update()
+    return StepFigures(loss, grad_norm, skipped)
