@@ -1,0 +1,46 @@
+# Everything runs in .venv, made on first use from requirements.lock; `make help` lists the targets.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help quickstart quickstart-short test test-slow lint format lock clean
+
+help:  ## what there is
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | sort
+
+$(READY): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
+	  || { echo "Ekiden needs Python 3.11 to 3.13; run: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) \
+	  || { rm -rf $(VENV); echo "python3 cannot make an environment; run: apt-get install python3-venv"; exit 1; }
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
+	@touch $(READY)
+
+quickstart: $(READY)  ## the whole path on built-in text, minutes on a CPU
+	$(BIN)/ekiden quickstart
+
+quickstart-short: $(READY)  ## the same in a tenth of the steps
+	$(BIN)/ekiden quickstart --short --output-dir $$(mktemp -d)/quickstart
+
+test: $(READY)  ## the unit suite
+	$(BIN)/python -m pytest -m "not slow and not gpu" -n 2
+
+test-slow: $(READY)  ## the long tests
+	$(BIN)/python -m pytest -m slow
+
+lint: $(READY)  ## linter, formatter's check, type checker
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)  ## format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lock:  ## write requirements.lock from what is installed in .venv
+	$(BIN)/pip freeze --all --exclude-editable --exclude pip | sed 's/+cpu//' > requirements.lock
+
+clean:  ## remove the environment and caches
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build src/*.egg-info
