@@ -1,0 +1,133 @@
+"""A model from the settings: transformers' own GPT-2 and Gemma 3 classes, initialised from the seed.
+
+The vocabulary and the special ids are the tokenizer's. Nothing here calls the model's own loss: the trainer takes
+`hidden_states` and `head_weight` and computes the loss in chunks (`modeling.loss`).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers import PretrainedConfig as ModelConfig
+
+from ekiden.config import TrainConfig
+
+
+def model_config(
+    config: TrainConfig, vocab_size: int, pad_id: int | None, bos_id: int | None, eos_id: int | None
+) -> ModelConfig:
+    """Return transformers' configuration of the model that `config` describes.
+
+    Dropout is 0 (pretraining sees its text about once); the key/value cache is off, so that nothing of one window
+    reaches the next.
+    """
+    common = {
+        "vocab_size": vocab_size,
+        "pad_token_id": pad_id,
+        "bos_token_id": bos_id,
+        "eos_token_id": eos_id,
+        "use_cache": False,
+        "attn_implementation": "sdpa",
+        "tie_word_embeddings": True,
+    }
+    if config.model_type == "gpt2":
+        return GPT2Config(
+            n_embd=config.hidden_size,
+            n_layer=config.num_hidden_layers,
+            n_head=config.num_attention_heads,
+            n_inner=config.intermediate_size,
+            n_positions=config.max_length,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            **common,
+        )
+    scaled = {"rope_type": "linear", "factor": config.rope_scaling_factor}
+    full = scaled if config.rope_scaling_factor != 1.0 else {"rope_type": "default"}
+    return Gemma3TextConfig(
+        hidden_size=config.hidden_size,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        # llama.cpp fixes the attention scale to 1/sqrt(head_dim); so do the released 1B and 4B.
+        query_pre_attn_scalar=config.head_dim,
+        intermediate_size=config.intermediate_size,
+        sliding_window=config.sliding_window,
+        max_position_embeddings=config.max_length,
+        layer_types=[
+            "full_attention" if (layer + 1) % 6 == 0 else "sliding_attention"
+            for layer in range(config.num_hidden_layers)
+        ],
+        rope_parameters={
+            "full_attention": {**full, "rope_theta": 1_000_000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+        },
+        attention_dropout=0.0,
+        **common,
+    )
+
+
+def build_model(
+    config: TrainConfig,
+    vocab_size: int,
+    pad_id: int | None,
+    bos_id: int | None,
+    eos_id: int | None,
+    seed: int,
+) -> PreTrainedModel:
+    """Return the model on the CPU in fp32, its weights a function of `seed` alone.
+
+    Drawn on the CPU on every machine: a GPU's random numbers differ from a CPU's.
+    """
+    settings = model_config(config, vocab_size, pad_id, bos_id, eos_id)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: PreTrainedModel
+        model = GPT2LMHeadModel(settings) if config.model_type == "gpt2" else Gemma3ForCausalLM(settings)
+        if config.initialization == "scaled" and config.model_type == "gemma3":
+            quieten_residual_branches(model, pad_id)
+    return model.float().train()
+
+
+@torch.no_grad()
+def quieten_residual_branches(model: PreTrainedModel, pad_id: int | None) -> None:
+    """Start Gemma 3 with post-norm gains of 1/sqrt(2L) and embeddings of standard deviation 1/sqrt(d).
+
+    Gemma 3's post-norms make every sublayer add a vector of RMS 1 whatever its weights are, so GPT-2's scaling of the
+    output projections (Radford et al. 2019) does nothing there; the gain of the post-norm is its equivalent. The
+    embedding is multiplied by sqrt(d), so 1/sqrt(d) gives the stream RMS 1.
+    """
+    layers = body(model).layers
+    for layer in layers:  # type: ignore[union-attr]
+        for norm in (layer.post_attention_layernorm, layer.post_feedforward_layernorm):
+            norm.weight.fill_(1 / math.sqrt(2 * len(layers)) - 1)  # type: ignore[arg-type]
+    embedding = head_weight(model)
+    embedding.normal_(0.0, 1 / math.sqrt(embedding.shape[1]))
+    if pad_id is not None:
+        embedding[pad_id].zero_()
+
+
+def body(model: nn.Module) -> nn.Module:
+    """Return the decoder of a causal language model: token ids in, hidden states out."""
+    return model.transformer if hasattr(model, "transformer") else model.model  # type: ignore[return-value]
+
+
+def head_weight(model: nn.Module) -> torch.Tensor:
+    """Return the output matrix [vocabulary, hidden], tied to the input embedding."""
+    return model.get_output_embeddings().weight  # type: ignore[operator]
+
+
+def hidden_states(model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
+    """Return the hidden states [b, T, d] after the last norm for token ids [b, T]."""
+    return body(model)(input_ids=input_ids, use_cache=False).last_hidden_state
+
+
+def parameter_counts(model: nn.Module) -> tuple[int, int]:
+    """Return the parameters in blocks (and norms, positions), and in the tied embedding."""
+    total = sum(p.numel() for p in model.parameters())
+    embedding = head_weight(model).numel()
+    return total - embedding, embedding
