@@ -1,0 +1,280 @@
+"""Documents out of one file, or out of a byte range of it; what is no document goes into the ledger.
+
+Plain files can be read in byte ranges by several workers: a range holds the records that begin in it, so any cut of
+a file into ranges gives the same documents in the same order. Memory is bounded by `MAX_RECORD_BYTES`, whatever the
+length of a file or of a line.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import orjson
+
+from ekiden.corpus.ledger import Ledger
+from ekiden.corpus.sources import SourceFile
+
+MAX_RECORD_BYTES = 64 << 20
+"""A longer line or text is counted, not held in memory: it is a broken file far more often than a document."""
+
+TOO_LONG = "longer than 64 MB"
+_BOM = b"\xef\xbb\xbf"
+
+
+class Rejected(Exception):
+    """A record that is no document; the message is the reason."""
+
+
+def text_of(line: bytes) -> str:
+    """Return the text of one JSONL record.
+
+    orjson decides the good ones; the standard library has the second word, since it reads what Python writes (NaN in
+    a field that is not the text must not cost the document).
+
+    Raises:
+        Rejected: it holds no text that can be encoded.
+    """
+    try:
+        record = orjson.loads(line)
+    except orjson.JSONDecodeError:
+        record = _second_opinion(line)
+    if not isinstance(record, dict):
+        raise Rejected("not a JSON object")
+    if "text" not in record:
+        raise Rejected("no text field")
+    return checked(record["text"])
+
+
+def _second_opinion(line: bytes) -> Any:
+    try:
+        return json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError:
+        raise Rejected("invalid UTF-8") from None
+    except RecursionError:
+        raise Rejected("nested too deeply") from None
+    except ValueError:
+        raise Rejected("invalid JSON") from None
+
+
+def checked(text: Any) -> str:
+    """Return `text` where it is a string that can be encoded and is not blank.
+
+    Raises:
+        Rejected: it is not.
+    """
+    if text is None:
+        raise Rejected("text is null")
+    if not isinstance(text, str):
+        raise Rejected("text is not a string")
+    if not text.strip():
+        raise Rejected("text is empty")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise Rejected("lone surrogate") from None
+    return text
+
+
+def read_documents(
+    file: SourceFile, ledger: Ledger, start: int = 0, end: int | None = None, txt_documents: str = "blank-line"
+) -> Iterator[str]:
+    """Yield the texts of the records that begin in [start, end) of `file`, and count every record in `ledger`.
+
+    Args:
+        start, end: bytes of a plain file, row groups of a parquet file; a .gz or .zst file is read as a whole.
+        txt_documents: 'blank-line' (text between blank lines) or 'file' (a .txt file is one document).
+    """
+    if file.format == ".parquet":
+        yield from _parquet(file, ledger, start, end)
+    elif file.format == ".txt" and txt_documents == "file":
+        yield from _whole_file(file, ledger)
+    elif file.format == ".txt":
+        yield from _paragraphs(file, ledger, start, end if end is not None else file.size)
+    elif file.format == ".jsonl":
+        with Path(file.path).open("rb") as data:
+            align(data, start)
+            yield from _jsonl(file.path, data, ledger, end if end is not None else file.size)
+    else:
+        yield from _compressed(file, ledger)
+
+
+def align(data: IO[bytes], start: int) -> None:
+    """Move to the first line that begins at or after `start`."""
+    if start > 0:
+        data.seek(start - 1)
+        while (piece := data.readline(1 << 20)) and not piece.endswith(b"\n"):
+            pass
+
+
+def _lines(data: IO[bytes]) -> Iterator[tuple[bytes | None, int]]:
+    """Yield (line, its length); None for a line that is too long, of which only a piece is ever held."""
+    while line := data.readline(MAX_RECORD_BYTES + 1):
+        size = len(line)
+        if size <= MAX_RECORD_BYTES:
+            yield line, size
+            continue
+        while not line.endswith(b"\n") and (line := data.readline(1 << 20)):
+            size += len(line)
+        yield None, size
+
+
+def _jsonl(
+    name: str, data: IO[bytes], ledger: Ledger, end: int | None, number_records: bool = False
+) -> Iterator[str]:
+    """Yield the texts of the lines that begin before `end`; examples are byte offsets, or line numbers."""
+    offset = 0 if number_records else data.tell()
+    number = 0
+    if end is not None and offset >= end:
+        return
+    for line, size in _lines(data):
+        number += 1
+        place = number if number_records else offset
+        if line is not None and place == number_records:
+            line = line.removeprefix(_BOM)
+        try:
+            if line is None:
+                raise Rejected(TOO_LONG)
+            if not line.strip():
+                raise Rejected("blank line")
+            text = text_of(line)
+        except Rejected as reason:
+            ledger.reject(str(reason), name, place)
+        else:
+            ledger.keep()
+            yield text
+        offset += size
+        if end is not None and offset >= end:
+            return
+
+
+def _compressed(file: SourceFile, ledger: Ledger) -> Iterator[str]:
+    """Yield the texts of a .jsonl.gz or .jsonl.zst file; a damaged rest is one rejected record."""
+    import isal.igzip
+    import zstandard
+
+    before = ledger.read
+    try:
+        opened: Any = isal.igzip.open(file.path, "rb") if file.format.endswith(".gz") else zstandard.open(file.path, "rb")
+        with opened as raw:
+            yield from _jsonl(file.path, raw if hasattr(raw, "readline") else _Lines(raw), ledger, None, True)
+    except (OSError, EOFError, zstandard.ZstdError, ValueError):
+        ledger.reject("damaged compressed file", file.path, ledger.read - before + 1)
+
+
+class _Lines:
+    """`readline` for a decompressor that only reads."""
+
+    def __init__(self, raw: Any) -> None:
+        import io
+
+        self._buffered = io.BufferedReader(raw, 1 << 20)
+
+    def readline(self, size: int = -1) -> bytes:
+        """Return a line of at most `size` bytes."""
+        return self._buffered.readline(size)
+
+
+def _whole_file(file: SourceFile, ledger: Ledger) -> Iterator[str]:
+    if file.size > MAX_RECORD_BYTES:
+        ledger.reject(TOO_LONG, file.path, 0)
+        return
+    yield from _text(Path(file.path).read_bytes().removeprefix(_BOM), file, ledger, 0)
+
+
+def _text(data: bytes, file: SourceFile, ledger: Ledger, offset: int) -> Iterator[str]:
+    try:
+        text = checked(data.decode("utf-8"))
+    except UnicodeDecodeError:
+        ledger.reject("invalid UTF-8", file.path, offset)
+    except Rejected as reason:
+        ledger.reject(str(reason), file.path, offset)
+    else:
+        ledger.keep()
+        yield text
+
+
+def _paragraphs(file: SourceFile, ledger: Ledger, start: int, end: int) -> Iterator[str]:
+    """Yield the texts between blank lines.
+
+    A text belongs to the range that holds the blank line before it (the file's first text: to the range from 0), so
+    that a worker can tell from its own range which texts are its own.
+    """
+    with Path(file.path).open("rb") as data:
+        align(data, start)
+        position = data.tell()
+        blank_before = -1 if start == 0 else None  # where the last blank line began; None: not seen yet
+        parts: list[bytes] = []
+        size, begin = 0, 0
+        for line, length in _lines(data):
+            stripped = b"" if line is None else (line.removeprefix(_BOM) if position == 0 else line).strip()
+            if line is not None and not stripped:
+                if parts:
+                    yield from _paragraph(parts, size, file, ledger, begin)
+                    parts, size = [], 0
+                blank_before = position
+                if position >= end:
+                    return
+            elif blank_before is not None and blank_before < end:
+                if not parts:
+                    begin = position
+                size += length
+                if line is None or size > MAX_RECORD_BYTES:
+                    parts = [b""]
+                    size = max(size, MAX_RECORD_BYTES + 1)
+                else:
+                    parts.append(line.removeprefix(_BOM) if position == 0 else line)
+            elif position >= end:
+                return
+            position += length
+        if parts:
+            yield from _paragraph(parts, size, file, ledger, begin)
+
+
+def _paragraph(parts: list[bytes], size: int, file: SourceFile, ledger: Ledger, offset: int) -> Iterator[str]:
+    if size > MAX_RECORD_BYTES:
+        ledger.reject(TOO_LONG, file.path, offset)
+    else:
+        yield from _text(b"".join(parts).replace(b"\r\n", b"\n").rstrip(b"\n"), file, ledger, offset)
+
+
+def _parquet(file: SourceFile, ledger: Ledger, start: int, end: int | None) -> Iterator[str]:
+    """Yield the texts of row groups [start, end); places are row numbers."""
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        table = parquet.ParquetFile(file.path)
+        groups = list(range(start, table.num_row_groups if end is None else min(end, table.num_row_groups)))
+        row = sum(table.metadata.row_group(group).num_rows for group in range(start))
+        if "text" not in table.schema_arrow.names:
+            for group in groups:
+                for _ in range(table.metadata.row_group(group).num_rows):
+                    row += 1
+                    ledger.reject("no text field", file.path, row)
+            return
+        for batch in table.iter_batches(1024, row_groups=groups, columns=["text"]):
+            for value in batch.column(0).to_pylist():
+                row += 1
+                try:
+                    text = checked(value)
+                except Rejected as reason:
+                    ledger.reject(str(reason), file.path, row)
+                else:
+                    ledger.keep()
+                    yield text
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError):
+        ledger.reject("damaged parquet file", file.path, ledger.read + 1)
+
+
+def row_groups(file: SourceFile) -> int:
+    """Return the row groups of a parquet file; 1 where it cannot be read (reading it will count that)."""
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        return max(1, parquet.ParquetFile(file.path).num_row_groups)
+    except (pyarrow.ArrowException, OSError):
+        return 1

@@ -1,0 +1,71 @@
+"""The account of a corpus: every record read is either a document or counted under the reason why not."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+EXAMPLES = 3
+"""Places kept for each reason."""
+
+
+@dataclass
+class Ledger:
+    """Counts of one language (or one part of it).
+
+    Attributes:
+        read: records met. kept: documents they yielded. rejected: records by reason; read == kept + sum(rejected).
+        examples: the first few (file, byte offset) by reason.
+    """
+
+    read: int = 0
+    kept: int = 0
+    rejected: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[tuple[str, int]]] = field(default_factory=dict)
+
+    def keep(self) -> None:
+        """Count a document."""
+        self.read += 1
+        self.kept += 1
+
+    def reject(self, reason: str, file: str, offset: int) -> None:
+        """Count a record that is no document."""
+        self.read += 1
+        self.rejected[reason] += 1
+        places = self.examples.setdefault(reason, [])
+        if len(places) < EXAMPLES:
+            places.append((file, offset))
+
+    def add(self, other: Ledger) -> None:
+        """Take over the counts of a later part."""
+        self.read += other.read
+        self.kept += other.kept
+        self.rejected.update(other.rejected)
+        for reason, places in other.examples.items():
+            mine = self.examples.setdefault(reason, [])
+            mine += places[: EXAMPLES - len(mine)]
+
+    def describe(self) -> list[str]:
+        """Return a line for each reason: count and where the first ones are, as file:line."""
+        lines = []
+        for reason, count in sorted(self.rejected.items()):
+            places = ", ".join(f"{file}:{line_number(file, offset)}" for file, offset in self.examples.get(reason, []))
+            lines.append(f"{count:,} rejected: {reason} ({places})")
+        return lines
+
+
+def line_number(file: str, offset: int) -> int:
+    """Return the 1-based line (for a compressed file: record) at byte `offset` of `file`.
+
+    Counted only for the few examples shown: a worker that starts in the middle of a file does not know it.
+    """
+    from ekiden.corpus.sources import is_compressed
+
+    if is_compressed(file):
+        return offset
+    line = 1
+    with open(file, "rb") as data:  # noqa: PTH123 - a plain byte count
+        while offset > 0 and (block := data.read(min(offset, 1 << 20))):
+            line += block.count(b"\n")
+            offset -= len(block)
+    return line

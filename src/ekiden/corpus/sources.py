@@ -1,0 +1,83 @@
+"""The files of a corpus, by language, in an order that does not depend on the file system.
+
+A corpus argument is a folder whose sub-folders are languages, several such folders, or files and flat folders with
+their language named.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ekiden.errors import UserError
+
+FORMATS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt")
+_COMPRESSED = (".gz", ".zst", ".parquet")
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One file: where it is, its size in bytes, one of FORMATS."""
+
+    path: str
+    size: int
+    format: str
+
+
+def file_format(path: Path) -> str | None:
+    """Return the format of a file by its name; None: not one that is read."""
+    return next((suffix for suffix in FORMATS if path.name.endswith(suffix)), None)
+
+
+def is_compressed(path: str) -> bool:
+    """Return whether a file can only be read as a whole, from its beginning."""
+    return path.endswith(_COMPRESSED)
+
+
+def discover(corpus: list[str], language: str | None = None) -> dict[str, list[SourceFile]]:
+    """Return the files of each language, both sorted by name.
+
+    Args:
+        corpus: folders with a sub-folder a language; with `language`, files and folders of that language.
+
+    Raises:
+        UserError: something is missing, empty, or of no known language or format.
+    """
+    found: dict[str, list[SourceFile]] = {}
+    for argument in corpus:
+        path = Path(argument)
+        if not path.exists():
+            raise UserError(f"corpus {argument} does not exist; give a folder with a sub-folder a language, or files")
+        if path.is_file() or language:
+            if not language:
+                raise UserError(f"corpus {argument} is a file and its language is not known; add --language NAME")
+            found.setdefault(language, []).extend(_files(path))
+            continue
+        loose = [child.name for child in sorted(path.iterdir()) if child.is_file() and file_format(child)]
+        if loose:
+            raise UserError(
+                f"corpus {argument} holds {loose[0]} outside any language's folder; move it into {argument}/LANGUAGE/, or "
+                "add --language NAME"
+            )
+        for child in sorted(path.iterdir()):
+            if child.is_dir() and not child.name.startswith("."):
+                files = _files(child)
+                if files:
+                    found.setdefault(child.name, []).extend(files)
+    if not any(found.values()):
+        raise UserError(f"corpus {' '.join(corpus)} holds no {', '.join(FORMATS)} file; give a folder with text")
+    return dict(sorted(found.items()))
+
+
+def _files(path: Path) -> list[SourceFile]:
+    """Return the readable files at or below `path`."""
+    if path.is_file():
+        kind = file_format(path)
+        if kind is None:
+            raise UserError(f"corpus file {path} is none of {', '.join(FORMATS)}; convert or rename it")
+        return [SourceFile(str(path), path.stat().st_size, kind)]
+    return [
+        SourceFile(str(file), file.stat().st_size, kind)
+        for file in sorted(path.rglob("*"))
+        if file.is_file() and not file.name.startswith(".") and (kind := file_format(file))
+    ]

@@ -1,0 +1,198 @@
+"""A SentencePiece model as a Hugging Face tokenizer, for everyone who loads the finished model with transformers.
+
+Exports write `tokenizer.json` and `tokenizer_config.json`. The class named there is the generic fast one: with a
+model family's own class, or none, AutoTokenizer rebuilds the pipeline its own way and gives wrong ids.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ekiden.tokenizer.load import SENTENCEPIECE_FILE, SentencePieceTokenizer, Tokenizer
+
+SPACE = "\u2581"
+
+
+def huggingface_files(tokenizer: Tokenizer, max_length: int | None = None) -> dict[str, bytes]:
+    """Return the files that AutoTokenizer loads, and the tokenizer's own, by name.
+
+    Args:
+        max_length: context length of the model, in tokens.
+    """
+    if not isinstance(tokenizer, SentencePieceTokenizer):
+        return dict(tokenizer.files)
+    special = {
+        name: tokenizer.processor.id_to_piece(number)
+        for name, number in (
+            ("bos_token", tokenizer.bos_id),
+            ("eos_token", tokenizer.eos_id),
+            ("pad_token", tokenizer.pad_id),
+            ("unk_token", tokenizer.unk_id),
+        )
+        if number is not None
+    }
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        **special,
+        **({"model_max_length": max_length} if max_length else {}),
+    }
+    return {
+        SENTENCEPIECE_FILE: tokenizer.files[SENTENCEPIECE_FILE],
+        "tokenizer.json": json.dumps(pipeline(tokenizer), ensure_ascii=False).encode(),
+        "tokenizer_config.json": (json.dumps(settings, indent=1, ensure_ascii=False) + "\n").encode(),
+    }
+
+
+def save_huggingface_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int | None = None) -> None:
+    """Write `huggingface_files` into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, data in huggingface_files(tokenizer, max_length).items():
+        (folder / name).write_bytes(data)
+
+
+def pipeline(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
+    """Return the `tokenizer.json` that does what the SentencePiece model does.
+
+    SentencePiece normalises, puts U+2581 for each space, and segments the whole text at once: no pre-tokenizer.
+    """
+    from sentencepiece import sentencepiece_model_pb2 as proto
+
+    model = proto.ModelProto()
+    model.ParseFromString(tokenizer.files[SENTENCEPIECE_FILE])
+    normal, prefix = model.normalizer_spec, model.normalizer_spec.add_dummy_prefix
+    steps: list[dict[str, Any]] = []
+    if normal.precompiled_charsmap:
+        import base64
+
+        charsmap = base64.b64encode(normal.precompiled_charsmap).decode()
+        steps.append({"type": "Precompiled", "precompiled_charsmap": charsmap})
+    if normal.remove_extra_whitespaces:
+        steps += [
+            {"type": "Strip", "strip_left": True, "strip_right": True},
+            {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "},
+        ]
+    if prefix:
+        steps.append({"type": "Prepend", "prepend": SPACE})
+    steps.append({"type": "Replace", "pattern": {"String": " "}, "content": SPACE})
+    decoders: list[dict[str, Any]] = [
+        {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+    ]
+    if prefix:
+        decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": _added_tokens(model),
+        "normalizer": {"type": "Sequence", "normalizers": steps},
+        "pre_tokenizer": None,
+        "post_processor": None,
+        "decoder": {"type": "Sequence", "decoders": decoders},
+        "model": _bpe(model) if tokenizer.model_type == "bpe" else _unigram(model),
+    }
+
+
+def _added_tokens(model: Any) -> list[dict[str, Any]]:
+    """Return the control pieces (as special) and the user-defined ones, which match before segmentation."""
+    kinds = {2: True, 3: True, 4: False}  # UNKNOWN and CONTROL are special, USER_DEFINED is text
+    return [
+        {
+            "id": number,
+            "content": piece.piece,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": kinds[piece.type],
+        }
+        for number, piece in enumerate(model.pieces)
+        if piece.type in kinds
+    ]
+
+
+def _unigram(model: Any) -> dict[str, Any]:
+    return {
+        "type": "Unigram",
+        "unk_id": model.trainer_spec.unk_id,
+        "vocab": [[piece.piece, piece.score] for piece in model.pieces],
+        "byte_fallback": model.trainer_spec.byte_fallback,
+    }
+
+
+def _bpe(model: Any) -> dict[str, Any]:
+    """Return merges in the order of the merged piece's score: SentencePiece merges the best-scored pair first."""
+    vocab = {piece.piece: number for number, piece in enumerate(model.pieces)}
+    scores = {piece.piece: piece.score for piece in model.pieces if piece.type == 1}
+    merges = []
+    for piece, score in scores.items():
+        for cut in range(1, len(piece)):
+            left, right = piece[:cut], piece[cut:]
+            if left in scores and right in scores:
+                merges.append((-score, vocab[left], vocab[right], left, right))
+    merges.sort(key=lambda merge: merge[:3])
+    return {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": model.trainer_spec.unk_piece,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": True,
+        "byte_fallback": model.trainer_spec.byte_fallback,
+        "ignore_merges": False,
+        "vocab": vocab,
+        "merges": [[left, right] for *_rank, left, right in merges],
+    }
+
+
+@dataclass
+class Comparison:
+    """Documents compared: equal ids; ties (another segmentation of the same score); different."""
+
+    documents: int = 0
+    equal: int = 0
+    ties: int = 0
+    different: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.documents} documents: {self.equal} equal, {self.ties} ties, {self.different} different"
+
+
+def compare_tokenizers(tokenizer: Tokenizer, folder: Path, texts: list[str]) -> Comparison:
+    """Count the texts whose ids differ between `tokenizer` and what AutoTokenizer loads from `folder`.
+
+    SentencePiece sums a unigram model's scores in fp32 over the whole text, so segmentations whose exact scores differ
+    by less than its rounding are decided by it: those count as ties.
+    """
+    from transformers import AutoTokenizer
+
+    other = AutoTokenizer.from_pretrained(str(folder))
+    result = Comparison()
+    for text, expected in zip(texts, tokenizer.encode_batch(texts)):
+        found = np.array(other.encode(text, add_special_tokens=False), dtype=np.int64)
+        result.documents += 1
+        if np.array_equal(found, expected):
+            result.equal += 1
+        elif _is_tie(tokenizer, expected, found):
+            result.ties += 1
+        else:
+            result.different += 1
+    return result
+
+
+def _is_tie(tokenizer: Tokenizer, expected: np.ndarray, found: np.ndarray) -> bool:
+    if tokenizer.model_type != "unigram" or not isinstance(tokenizer, SentencePieceTokenizer):
+        return False
+    processor = tokenizer.processor
+    if processor.decode(expected.tolist()) != processor.decode(found.tolist()):
+        return False
+    totals = [math.fsum(processor.get_score(int(i)) for i in ids) for ids in (expected, found)]
+    return abs(totals[0] - totals[1]) < 1e-2
