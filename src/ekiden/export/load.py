@@ -1,78 +1,164 @@
-"""A trained model, ready to use, from anything that a user may call a model.
+"""Any MODEL, ready to use: a run directory, a checkpoint, or a Hugging Face folder.
 
-A run directory (its best model, else its newest checkpoint, else the final model), a checkpoint, or a Hugging Face
-folder. Evaluation, generation and exports take what they work on from here.
+`evaluate`, `generate` and `export` begin here. Weights come from safetensors only: nothing is unpickled, and no code
+that lies beside a model is run.
 """
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ekiden.checkpoint.manifest import NAME, Damaged, verify_folder
+from ekiden.checkpoint.manifest import NAME as MANIFEST
+from ekiden.checkpoint.manifest import Damaged, read_manifest, verify_folder
 from ekiden.errors import UserError
+from ekiden.modeling.device import select_device
 from ekiden.progress import say
 from ekiden.tokenizer.load import Tokenizer, load_tokenizer
 
 
-@dataclass
+@dataclass(frozen=True)
 class LoadedModel:
-    """A model in evaluation mode with its tokenizer; `path` is the folder it came from."""
+    """A model in evaluation mode, its tokenizer, the folder they came from, and the training step (None: not said)."""
 
     model: PreTrainedModel
     tokenizer: Tokenizer
     path: Path
+    step: int | None
 
 
-def load_model(path: str | Path, device: torch.device | str = "cpu") -> LoadedModel:
-    """Load the model in `path`, fp32, onto `device`.
+def load_model(
+    path: str | Path,
+    device: str = "auto",
+    dtype: torch.dtype = torch.float32,
+    tokenizer: str | Path | None = None,
+) -> LoadedModel:
+    """Return the model at `path` on `device`, its weights in `dtype`.
+
+    Args:
+        path: a run directory (its best/, else its newest good checkpoint, else its final_model/), a checkpoint, or a
+            Hugging Face folder.
+        device: auto, cpu, cuda or cuda:N.
+        tokenizer: where the folder holds none, a `.model` file or a tokenizer folder.
 
     Raises:
-        UserError: there is none, or its files are damaged.
+        UserError: nothing usable is there; the sentence says what was looked for.
     """
-    folder = find_model(Path(path))
-    try:
-        model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32, attn_implementation="sdpa")
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder} cannot be loaded as a model ({str(error).splitlines()[0][:160]})") from None
-    return LoadedModel(model.to(device).eval(), load_tokenizer(folder), folder)
+    folder = find_model_folder(Path(path))
+    target = select_device(device)
+    model = _load_weights(folder, dtype)
+    loaded = load_tokenizer(tokenizer or folder)
+    if loaded.vocab_size > model.config.vocab_size:
+        raise UserError(
+            f"{folder}: the tokenizer has {loaded.vocab_size} pieces and the model {model.config.vocab_size}; give the "
+            "tokenizer that the model was trained with"
+        )
+    return LoadedModel(model.to(target).eval(), loaded, folder, _step(folder))
 
 
-def find_model(path: Path) -> Path:
-    """Return the folder of the model that `path` stands for: every file with a hash is verified.
+def find_model_folder(path: Path) -> Path:
+    """Return the folder with `config.json` and weights that `path` means.
 
     Raises:
         UserError: there is none.
     """
     if not path.is_dir():
-        raise UserError(f"model {path} does not exist; give a run directory, a checkpoint or a Hugging Face folder")
+        raise UserError(f"{path} does not exist; give a run directory, a checkpoint or a Hugging Face folder")
     if (path / "config.json").is_file():
-        problem = damage_of(path)
-        if problem:
-            raise UserError(f"model {path} is damaged: {problem}; choose another checkpoint")
+        _check_whole(path)
         return path
-    checkpoints = sorted((path / "checkpoints").glob("step-*"), reverse=True)
-    for candidate in (path / "best", *checkpoints, path / "final_model"):
-        if not (candidate / "config.json").is_file():
+    for folder in _candidates(path):
+        try:
+            _check_whole(folder)
+        except UserError as error:
+            say(f"passed over {folder.name}: {error}")
             continue
-        problem = damage_of(candidate)
-        if problem is None:
-            return candidate
-        say(f"{candidate} is damaged and was passed over: {problem}")
+        return folder
     raise UserError(
-        f"model {path} holds no best/, checkpoints/ or final_model/ and no config.json; give the --output-dir of `ekiden train`"
+        f"{path} holds no model (looked for config.json, then best/, checkpoints/step-N/ and final_model/ of a run); give "
+        "a run directory, a checkpoint or a Hugging Face folder"
     )
 
 
-def damage_of(folder: Path) -> str | None:
-    """Return what is wrong with a folder that has a manifest; None where nothing is, or where it has none."""
-    if not (folder / NAME).exists():
-        return None
+def _candidates(run: Path) -> Iterator[Path]:
+    """Yield the models of a run directory in the order of preference, changing nothing: a trainer may be at work."""
+    steps = []
+    for folder in (run / "checkpoints").glob("step-*"):
+        try:
+            steps.append((read_manifest(folder).step, folder))
+        except Damaged as damage:
+            say(f"passed over {folder.name}: {damage}")
+    newest_first = [folder for _step, folder in sorted(steps, reverse=True)]
+    for folder in (run / "best", *newest_first, run / "final_model"):
+        if (folder / "config.json").is_file():
+            yield folder
+
+
+def _check_whole(folder: Path) -> None:
+    """Compare a folder that Ekiden wrote with its manifest; others have none.
+
+    Raises:
+        UserError: a file is missing or damaged.
+    """
+    if not (folder / MANIFEST).is_file():
+        return
     try:
         verify_folder(folder)
     except Damaged as damage:
-        return str(damage)
-    return None
+        raise UserError(
+            f"{folder} is damaged ({damage}); give another checkpoint, or a copy of this one"
+        ) from None
+
+
+def _load_weights(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    try:
+        with _quiet():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                str(folder),
+                dtype=dtype,
+                attn_implementation="sdpa",
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"{folder} cannot be loaded ({reason}); it must hold config.json and model.safetensors of a causal language model"
+        ) from None
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        # transformers only warns, and leaves what is missing at random values.
+        if report.get(kind):
+            name = sorted(str(key) for key in report[kind])[0]
+            raise UserError(
+                f"{folder}: its weights are not its config.json's ({kind.replace('_', ' ')}: {name})"
+            )
+    return model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence transformers' load report: what it says here becomes an error's sentence."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _step(folder: Path) -> int | None:
+    if not (folder / MANIFEST).is_file():
+        return None
+    try:
+        return read_manifest(folder).step or None
+    except Damaged:
+        return None
