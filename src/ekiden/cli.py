@@ -120,7 +120,7 @@ def tokenizer_train(**options: Any) -> None:
 @click.option("--output-dir", required=True, help="Folder for the token shards.")
 @click.option("--dataset-size", help="Tokens to keep, as an unbiased sample: 10k, 1M, 100M, 1B, 10B. Default: all.")
 @click.option(
-    "--test-split", type=float, default=0.002, show_default=True, help="Share of documents kept for evaluation."
+    "--test-split", type=float, default=0.002, show_default=True, help="Share of documents kept for evaluation; a small language keeps up to 5 %."
 )
 @click.option("--num-proc", type=int, help="Worker processes. Default: one a core.")
 @click.option("--language", help="Language of corpus arguments that are single files or flat folders.")

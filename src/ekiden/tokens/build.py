@@ -35,6 +35,9 @@ UNIT_BYTES = 32 << 20
 BATCH_BYTES = 1 << 20
 """Text encoded in one call: enough to keep the call's cost small, little enough to bound a worker's memory."""
 
+TEST_BYTES, MAX_TEST_SPLIT = 100_000, 0.05
+"""A small language keeps about this much text for evaluation (else it could not be measured), at most this share."""
+
 RECEIPTS = ".receipts"
 
 
@@ -70,7 +73,7 @@ class Unit:
 class Settings:
     """What decides the bytes of the shards, apart from the corpus and the tokenizer."""
 
-    test_split: float
+    test_split: dict[str, float]
     keep_fraction: float
     txt_documents: str
 
@@ -92,7 +95,8 @@ def preprocess(
         corpus: folders with a sub-folder a language; with `language`, files and folders of that one.
         dataset_size: tokens to keep ('10k', '1M', '1B', or a number), as an unbiased sample of the documents of every
             language; None: all.
-        test_split: share of documents kept for evaluation, chosen by their hash.
+        test_split: share of documents kept for evaluation, chosen by their hash; more of a language under 50 MB, so
+            that about 100 KB of it can be measured, but at most 5 %. 0: none.
         num_proc: worker processes; None: one a core.
         txt_documents: 'blank-line' or 'file', see `corpus.documents`.
         executor: runs the units instead of worker processes of its own.
@@ -106,7 +110,8 @@ def preprocess(
     loaded = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
     units = plan_units(sources)
     folder = Path(output_dir)
-    settings = Settings(test_split, keep_fraction(dataset_size, units, loaded, txt_documents), txt_documents)
+    splits = test_splits(sources, test_split)
+    settings = Settings(splits, keep_fraction(dataset_size, units, loaded, txt_documents), txt_documents)
     fingerprint = fingerprint_of(sources, loaded, settings)
     if (folder / "dataset.json").exists():
         return finished_build(folder, fingerprint)
@@ -172,6 +177,14 @@ def keep_fraction(size: str | int | None, units: list[Unit], tokenizer: Tokenize
     if not sampled_bytes:
         return 1.0
     return min(1.0, wanted / (total * sampled_tokens / sampled_bytes))
+
+
+def test_splits(sources: dict[str, list[SourceFile]], asked: float) -> dict[str, float]:
+    """Return the share of each language's documents that is kept for evaluation, from the sizes of its files."""
+    sizes = {language: max(1, sum(file.size for file in files)) for language, files in sources.items()}
+    return {
+        language: max(asked, min(MAX_TEST_SPLIT, TEST_BYTES / size)) if asked else 0.0 for language, size in sizes.items()
+    }
 
 
 def _parse_count(size: str | int) -> int:
@@ -324,7 +337,7 @@ def batches_of(unit: Unit, ledger: Ledger, settings: Settings) -> Iterator[list[
 
     Split and sample go by two independent hashes of the text, so they depend on nothing but the document.
     """
-    test_below = int(settings.test_split * 2**64)
+    test_below = int(settings.test_split[unit.language] * 2**64)
     keep_below = int(settings.keep_fraction * 2**64)
     batch: list[tuple[str, str]] = []
     size = 0
