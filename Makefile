@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help quickstart quickstart-short test test-slow lint format lock clean
+.PHONY: help faults quickstart quickstart-short test test-slow lint format lock clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | sort
@@ -44,3 +44,6 @@ lock:  ## write requirements.lock from what is installed in .venv
 
 clean:  ## remove the environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build src/*.egg-info
+
+faults: $(READY)  ## the kill campaign: 100 SIGKILLs a model family
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/campaign.py --kills 100

@@ -181,7 +181,7 @@ def keep_fraction(size: str | int | None, units: list[Unit], tokenizer: Tokenize
 
 def test_splits(sources: dict[str, list[SourceFile]], asked: float) -> dict[str, float]:
     """Return the share of each language's documents that is kept for evaluation, from the sizes of its files."""
-    sizes = {language: max(1, sum(file.size for file in files)) for language, files in sources.items()}
+    sizes = {language: max(1, sum(f.size for f in found)) for language, found in sources.items()}
     return {
         language: max(asked, min(MAX_TEST_SPLIT, TEST_BYTES / size)) if asked else 0.0 for language, size in sizes.items()
     }
