@@ -1,7 +1,7 @@
-"""A trained model as a Hugging Face folder that plain transformers loads: the form of checkpoints, best/ and exports.
+"""A trained model as a Hugging Face folder that plain transformers loads: checkpoints, best/ and exports are such.
 
-Takes a model and the tokenizer it was trained with. The trainer writes `model_folder_files` beside its weights through
-the checkpoint store; `export_huggingface` writes a whole folder, in fp32 or 16 bit, for somebody else.
+Takes a model and the tokenizer it was trained with. The trainer writes `model_folder_files` beside its weights
+through the checkpoint store; `export_huggingface` writes a whole folder, in fp32 or 16 bit, for somebody else.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def model_tensors(model: PreTrainedModel, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-    """Return the weights by the names transformers gives them, in host memory; the tied head once, as the embedding.
+    """Return the weights by transformers' names, in host memory; the tied head once, as the embedding.
 
     Raises:
         UserError: a weight is not finite, or would not be in `dtype`.
@@ -49,7 +49,7 @@ def model_folder_files(
 ) -> dict[str, bytes]:
     """Return every file of the folder but the weights, by name.
 
-    config.json, generation_config.json, README.md, and the tokenizer's: its own and those AutoTokenizer loads.
+    These are config.json, generation_config.json, README.md, and the tokenizer's: its own and AutoTokenizer's.
     """
     return {
         "config.json": _json(_config(model, dtype)),
@@ -89,15 +89,15 @@ def _generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
 def model_card(model: PreTrainedModel, tokenizer: Tokenizer) -> str:
     """Return a README that says what the folder is and how to load it."""
     blocks, embedding = parameter_counts(model)
-    begin = "" if tokenizer.bos_id is None else f"{tokenizer.bos_id}, the beginning of a document, then "
+    begin = "" if tokenizer.bos_id is None else f"id {tokenizer.bos_id}, then "
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
 ---
 # A {type(model).__name__} trained from scratch with Ekiden
 
-{human_count(blocks)} parameters in blocks, {human_count(embedding)} in the embedding (shared with the output);
-{tokenizer.vocab_size} pieces ({tokenizer.kind}, {tokenizer.model_type}); context of {context_length(model)} tokens.
+{human_count(blocks)} parameters in blocks, {human_count(embedding)} in the embedding (shared with the output).
+{tokenizer.vocab_size} pieces ({tokenizer.kind}, {tokenizer.model_type}), context of {context_length(model)} tokens.
 A base model: it continues text and follows no instructions. It has read each document as {begin}its text.
 
 ```python
@@ -164,5 +164,6 @@ def _check_target(folder: Path) -> None:
         known = set()
     if found - known:
         raise UserError(
-            f"--output {folder} holds files that are not an earlier export's ({min(found - known)}); give a new folder"
+            f"--output {folder} holds files that are not an earlier export's ({min(found - known)}); "
+            "give a new folder"
         )

@@ -1,7 +1,7 @@
 """Any MODEL, ready to use: a run directory, a checkpoint, or a Hugging Face folder.
 
-`evaluate`, `generate` and `export` begin here. Weights come from safetensors only: nothing is unpickled, and no code
-that lies beside a model is run.
+`evaluate`, `generate` and `export` begin here. Weights come from safetensors only: nothing is unpickled, and no
+code that lies beside a model is run.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ekiden.tokenizer.load import Tokenizer, load_tokenizer
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in evaluation mode, its tokenizer, the folder they came from, and the training step (None: not said)."""
+    """A model in evaluation mode, its tokenizer, the folder they came from, and its training step where known."""
 
     model: PreTrainedModel
     tokenizer: Tokenizer
@@ -35,34 +35,34 @@ class LoadedModel:
 
 def load_model(
     path: str | Path,
-    device: str = "auto",
+    device: str | torch.device = "auto",
     dtype: torch.dtype = torch.float32,
     tokenizer: str | Path | None = None,
 ) -> LoadedModel:
     """Return the model at `path` on `device`, its weights in `dtype`.
 
     Args:
-        path: a run directory (its best/, else its newest good checkpoint, else its final_model/), a checkpoint, or a
-            Hugging Face folder.
+        path: a run directory (its best/, else its newest good checkpoint, else its final_model/), a checkpoint,
+            or a Hugging Face folder.
         device: auto, cpu, cuda or cuda:N.
         tokenizer: where the folder holds none, a `.model` file or a tokenizer folder.
 
     Raises:
         UserError: nothing usable is there; the sentence says what was looked for.
     """
-    folder = find_model_folder(Path(path))
-    target = select_device(device)
+    folder = find_model(Path(path))
+    target = select_device(str(device))
     model = _load_weights(folder, dtype)
     loaded = load_tokenizer(tokenizer or folder)
     if loaded.vocab_size > model.config.vocab_size:
         raise UserError(
-            f"{folder}: the tokenizer has {loaded.vocab_size} pieces and the model {model.config.vocab_size}; give the "
-            "tokenizer that the model was trained with"
+            f"{folder}: the tokenizer has {loaded.vocab_size} pieces and the model {model.config.vocab_size}; give "
+            "the tokenizer that the model was trained with"
         )
     return LoadedModel(model.to(target).eval(), loaded, folder, _step(folder))
 
 
-def find_model_folder(path: Path) -> Path:
+def find_model(path: Path) -> Path:
     """Return the folder with `config.json` and weights that `path` means.
 
     Raises:
@@ -81,13 +81,13 @@ def find_model_folder(path: Path) -> Path:
             continue
         return folder
     raise UserError(
-        f"{path} holds no model (looked for config.json, then best/, checkpoints/step-N/ and final_model/ of a run); give "
-        "a run directory, a checkpoint or a Hugging Face folder"
+        f"{path} holds no model (looked for config.json, then best/, checkpoints/step-N/ and final_model/ of a run); "
+        "give a run directory, a checkpoint or a Hugging Face folder"
     )
 
 
 def _candidates(run: Path) -> Iterator[Path]:
-    """Yield the models of a run directory in the order of preference, changing nothing: a trainer may be at work."""
+    """Yield a run's models in the order of preference, changing nothing: a trainer may be at work there."""
     steps = []
     for folder in (run / "checkpoints").glob("step-*"):
         try:
@@ -131,7 +131,8 @@ def _load_weights(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"{folder} cannot be loaded ({reason}); it must hold config.json and model.safetensors of a causal language model"
+            f"{folder} cannot be loaded ({reason}); it must hold config.json and model.safetensors of a causal "
+            "language model"
         ) from None
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         # transformers only warns, and leaves what is missing at random values.
