@@ -1,13 +1,14 @@
 """The order of the data: a pure function from a sample's index to a language and a place in its text.
 
-`plan_mixture` turns the languages' sizes into quotas once, at the start of a run; the `Mixture` is kept in every
-checkpoint and decides everything after that. Position in the data is one integer: nothing to fast-forward, nothing
-to save, the same on any number of machines, workers or microbatches.
+`plan_mixture` turns the languages' sizes into quotas once, at the start of a run; the `Mixture` is kept in
+every checkpoint and decides everything after that. Position in the data is one integer: nothing to
+fast-forward, nothing to save, the same on any number of machines, workers or microbatches.
 
-Samples come in blocks of 4,096. Every block holds each language's exact quota, shuffled by (seed, block). Inside a
-language, windows follow a permutation of their own in each epoch: a Feistel network with cycle walking (Black & Rogaway
-2002), O(1) in memory and time. Only integer arithmetic modulo 2^64 is used, none of numpy's generators, whose streams
-may change between versions. **The order is frozen**: a change here would change every run that is being resumed.
+Samples come in blocks of 4,096. Every block holds each language's exact quota, shuffled by (seed, block).
+Inside a language, windows follow a permutation of their own in each epoch: a Feistel network with cycle
+walking (Black & Rogaway 2002), O(1) in memory and time. Only integer arithmetic modulo 2^64 is used, none of
+numpy's generators, whose streams may change between versions. **The order is frozen**: a change here would
+change the data of every run that is being resumed.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ BLOCK = 4096
 
 _U64 = np.uint64
 _ROUNDS = 6
-"""Even, so that both halves end where they began; 4 is the least for a strong permutation (Luby & Rackoff 1988)."""
+"""Even, so that both halves end where they began; 4 are the least that are strong (Luby & Rackoff 1988)."""
 
 
 def mix(values: np.ndarray) -> np.ndarray:
-    """Return a well-mixed hash of each uint64, a bijection (the finalizer of splitmix64, Steele et al. 2014)."""
+    """Return a hash of each uint64, a bijection (the finalizer of splitmix64, Steele et al. 2014)."""
     z = values + _U64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> _U64(30))) * _U64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> _U64(27))) * _U64(0x94D049BB133111EB)
@@ -48,8 +49,9 @@ def _key(*parts: str | int) -> np.uint64:
 def permute(values: np.ndarray, sizes: np.ndarray, keys: np.ndarray) -> np.ndarray:
     """Return where the permutation of range(size) that a key names sends each value.
 
-    The halves of the network are numbers below a = ceil(sqrt(size)) and b = ceil(size / a), not bits: a * b exceeds
-    the size by less than a, so that hardly a value has to walk on, where powers of two make it 4 passes.
+    The halves of the network are numbers below a = ceil(sqrt(size)) and b = ceil(size / a), not bits: a * b
+    exceeds the size by less than a, so that hardly a value has to walk on, where powers of two mean up to 4
+    passes on average.
 
     Args:
         values: uint64 [n], each below its size, and that at most 2^62.
@@ -90,14 +92,17 @@ def _ceil_sqrt(sizes: np.ndarray) -> np.ndarray:
 
 @lru_cache(maxsize=16)
 def _block_order(seed: int, quotas: tuple[int, ...], block: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the language of each slot of a block, and how often it stood before in the unshuffled block.
+    """Return the language of each slot of a block, and how often it stood before in the block.
 
-    Kept for the next call: steps are much smaller than a block, and sorting one takes 0.2 ms.
+    Kept for the next call: steps are much smaller than a block, and sorting one takes 0.3 ms.
     """
-    language = np.repeat(np.arange(len(quotas)), quotas)
-    rank = np.concatenate([np.arange(quota, dtype=_U64) for quota in quotas])
     order = np.argsort(mix(np.arange(BLOCK, dtype=_U64) ^ _key("block", seed, block)), kind="stable")
-    return language[order], rank[order]
+    language = np.repeat(np.arange(len(quotas)), quotas)[order]
+    rank = np.empty(BLOCK, dtype=_U64)
+    rank[np.argsort(language, kind="stable")] = np.concatenate(
+        [np.arange(quota, dtype=_U64) for quota in quotas]
+    )
+    return language, rank
 
 
 @dataclass(frozen=True)
@@ -135,30 +140,31 @@ class Mixture:
     def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return (language index, first token, epoch) of each sample.
 
-        Sample s stands in block s // 4096. The j-th sample of a language reads window permutation(j % windows) of
-        epoch j // windows. What a text has beyond whole windows is left out at another end each epoch, so that every
-        token is seen. About 3 microseconds a sample in steps of 64, O(1) in the index.
+        Sample s stands in block s // 4096. The j-th sample of a language, over all blocks, reads window
+        permutation(j % windows) of epoch j // windows. The windows of an epoch are shifted together by a part
+        of what the text has beyond whole windows, another in each epoch, so that its tail is seen too. About
+        4 microseconds a sample in steps of 64, whatever the index.
 
         Args:
             samples: indices from 0 to below 2^63, [n], in any order.
 
         Returns:
-            int64 arrays [n]. A sample reads tokens [first, first + length] of its language's stream, cyclically.
+            int64 arrays [n]. A sample reads tokens [first, first + length] of its language's stream, a
+            ring where that is shorter.
         """
         samples = np.asarray(samples, dtype=_U64)
         blocks, which = np.unique(samples // _U64(BLOCK), return_inverse=True)
-        orders = [_block_order(self.seed, self.quotas, int(block)) for block in blocks]
         slots = (samples % _U64(BLOCK)).astype(np.int64)
         language, rank = np.empty(len(samples), dtype=np.int64), np.empty(len(samples), dtype=_U64)
-        for number, (languages_of_slots, ranks_of_slots) in enumerate(orders):
-            inside = which == number
-            language[inside] = languages_of_slots[slots[inside]]
-            rank[inside] = ranks_of_slots[slots[inside]]
+        groups = np.split(np.argsort(which, kind="stable"), np.cumsum(np.bincount(which))[:-1])
+        for block, inside in zip(blocks, groups):
+            languages_of_slots, ranks_of_slots = _block_order(self.seed, self.quotas, int(block))
+            language[inside], rank[inside] = languages_of_slots[slots[inside]], ranks_of_slots[slots[inside]]
         quotas, windows, spares, keys = (table[language] for table in self._tables)
         nth = blocks[which] * quotas + rank  # Below 2^63: quotas are at most a block.
         epoch, within = nth // windows, nth % windows
         key = mix(keys ^ mix(epoch))
-        shift = mix(key) % (spares + _U64(1))
+        shift = mix(~key) % (spares + _U64(1))
         start = permute(within, windows, key) * _U64(self.length) + shift
         return language, start.astype(np.int64), epoch.astype(np.int64)
 
@@ -169,26 +175,51 @@ class Mixture:
     def describe(self, total_tokens: int) -> str:
         """Return a line a language: share, and the epochs it means over `total_tokens`."""
         return "\n".join(
-            f"  {name}: {share:.1%} of the samples, {share * total_tokens / count:.2f} epochs of its {count:,} tokens"
+            f"  {name}: {share:.1%} of the samples, {share * total_tokens / count:.2f} epochs of its "
+            f"{count:,} tokens"
             for (name, share), count in zip(self.shares().items(), self.tokens)
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the mixture as JSON values."""
+        """Return the mixture as JSON values, for the checkpoint."""
         return {
-            "languages": list(self.languages),
-            "quotas": list(self.quotas),
-            "tokens": list(self.tokens),
-            "length": self.length,
-            "seed": self.seed,
+            name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()
         }
 
     @classmethod
-    def from_dict(cls, value: dict[str, Any]) -> Mixture:
-        """Return the mixture that `as_dict` wrote."""
-        return cls(
-            tuple(value["languages"]), tuple(value["quotas"]), tuple(value["tokens"]), value["length"], value["seed"]
-        )
+    def from_dict(cls, value: Mapping[str, Any]) -> Mixture:
+        """Return the mixture that `as_dict` wrote.
+
+        Raises:
+            UserError: it is not one, whole and consistent: a run's order is never guessed.
+        """
+        names = [field.name for field in fields(cls)]
+        try:
+            if set(value) != set(names):
+                raise ValueError(f"it has {sorted(value)}, expected {names}")
+            values: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in value.items()}
+            mixture = cls(**values)
+            mixture._check()
+        except (ValueError, TypeError) as error:
+            raise UserError(
+                f"the checkpoint's data order is damaged ({error}); resume from another checkpoint"
+            ) from None
+        return mixture
+
+    def _check(self) -> None:
+        """Raise ValueError where the attributes do not make an order."""
+        integers = {"quotas": self.quotas, "tokens": self.tokens, "length, seed": (self.length, self.seed)}
+        for name, values in integers.items():
+            if not all(type(number) is int for number in values):
+                raise ValueError(f"{name} {values!r} are not whole numbers")
+        if not all(isinstance(name, str) for name in self.languages) or not self.languages:
+            raise ValueError(f"languages {self.languages!r} are not names")
+        if not len(set(self.languages)) == len(self.languages) == len(self.quotas) == len(self.tokens):
+            raise ValueError("languages, quotas and tokens do not belong together")
+        if sum(self.quotas) != BLOCK or min(self.quotas) < 1:
+            raise ValueError(f"quotas {self.quotas} do not make a block of {BLOCK}")
+        if min(self.tokens) < 1 or self.length < 1:
+            raise ValueError("tokens and length must be at least 1")
 
 
 def plan_mixture(
@@ -204,39 +235,76 @@ def plan_mixture(
 
     Args:
         tokens: training tokens of each language, all above 0.
-        temperature: a language with n tokens has the weight n ** temperature (Conneau et al. 2020, arXiv:1911.02116).
-        weights: explicit shares instead; a language that is not named is left out.
-        max_epochs: no language is repeated more often than this over `total_samples`; what it gives up goes to the
-            others in proportion.
+        length: tokens of a sample; seed: of the order.
+        temperature: a language with n tokens has the weight n ** temperature (Conneau et al. 2020,
+            arXiv:1911.02116): 1 takes the languages as they are, 0 makes them equal.
+        weights: explicit weights instead; a language that is not named, or with 0, is left out.
+        max_epochs: no language is repeated more often than this over `total_samples`, to within one sample a
+            block; what it gives up goes to the others in proportion.
+        total_samples: samples of the whole run, for `max_epochs`.
 
     Raises:
-        UsageError: weights for a language that is not there, or none above 0.
-        UserError: the cap leaves too little text for the run.
+        UsageError: weights for a language that is not there, or none above 0; a value that is no weight.
+        UserError: the cap leaves too little text for the run, or there are too many languages.
     """
-    if weights:
-        for name in weights:
-            if name not in tokens:
-                raise UsageError(f"--language-weights names {name!r}, which the shards do not hold{nearest(name, tokens)}")
-        raw = {name: float(weights.get(name, 0.0)) for name in sorted(tokens)}
-    else:
-        raw = {name: float(tokens[name]) ** temperature for name in sorted(tokens)}
-    raw = {name: weight for name, weight in raw.items() if weight > 0}
-    if not raw:
-        raise UsageError("--language-weights gives no language a share above 0")
-    if max_epochs and total_samples:
-        caps = {name: max_epochs * tokens[name] / (total_samples * length) for name in raw}
-        raw = _capped(raw, caps)
+    assert tokens and min(tokens.values()) > 0 and length > 0
+    raw = _explicit(weights, tokens) if weights else _by_temperature(tokens, temperature)
+    if len(raw) > BLOCK:
+        raise UserError(
+            f"the shards hold {len(raw)} languages, a mixture at most {BLOCK}; leave some out by "
+            "--language-weights"
+        )
+    if max_epochs is not None:
+        assert total_samples is not None and total_samples > 0
+        raw = _capped(raw, {name: tokens[name] for name in raw}, max_epochs, total_samples * length)
     quotas = _apportion(raw)
     names = tuple(raw)
-    return Mixture(names, tuple(quotas[name] for name in names), tuple(tokens[name] for name in names), length, seed)
+    return Mixture(
+        names, tuple(quotas[name] for name in names), tuple(tokens[name] for name in names), length, seed
+    )
 
 
-def _capped(weights: dict[str, float], caps: dict[str, float]) -> dict[str, float]:
-    """Return shares no larger than `caps`, the excess given to the others in proportion."""
-    if sum(caps.values()) < 1:
+def _by_temperature(tokens: Mapping[str, int], temperature: float) -> dict[str, float]:
+    """Return the weight of each language, by name; relative to the largest, so that no power overflows."""
+    if not 0 <= temperature < math.inf:
+        raise UsageError(
+            f"--temperature must be 0 (languages equal), 1 (as they are) or between, not {temperature}"
+        )
+    largest = max(tokens.values())
+    return {name: max((tokens[name] / largest) ** temperature, 1e-9) for name in sorted(tokens)}
+
+
+def _explicit(weights: Mapping[str, float], tokens: Mapping[str, int]) -> dict[str, float]:
+    """Return the given weights above 0, by name."""
+    for name, weight in weights.items():
+        if name not in tokens:
+            raise UsageError(
+                f"--language-weights names {name!r}, of which there is no training text"
+                f"{nearest(name, tokens)}"
+            )
+        if not 0 <= weight < math.inf:
+            raise UsageError(f"--language-weights {name}={weight} is not a share; give 0 or a number above")
+    above = {name: float(weights[name]) for name in sorted(weights) if weights[name] > 0}
+    if not above:
+        raise UsageError("--language-weights gives no language a share above 0; give at least one")
+    return above
+
+
+def _capped(
+    weights: dict[str, float], tokens: dict[str, int], max_epochs: float, total: int
+) -> dict[str, float]:
+    """Return shares of `total` tokens, none above `max_epochs` of its language; the others get the excess."""
+    if not max_epochs > 0:
+        raise UsageError(
+            f"--max-epochs-per-language must be above 0, not {max_epochs}; leave it out for no cap"
+        )
+    caps = {name: max_epochs * count / total for name, count in tokens.items()}
+    # A block of samples is the resolution of every share.
+    if sum(caps.values()) < 1 - len(caps) / BLOCK:
+        needed = math.ceil(100 * total / sum(tokens.values())) / 100
         raise UserError(
-            f"--max-epochs-per-language allows only {sum(caps.values()):.0%} of the run's samples; raise it, or lower "
-            "--max-steps"
+            f"--max-epochs-per-language {max_epochs:g} leaves text for {sum(caps.values()):.1%} of the run's "
+            f"{total:,} tokens; raise it to {needed:g}, or lower --max-steps or --epochs"
         )
     shares = {name: weight / sum(weights.values()) for name, weight in weights.items()}
     fixed: dict[str, float] = {}
@@ -244,20 +312,20 @@ def _capped(weights: dict[str, float], caps: dict[str, float]) -> dict[str, floa
         fixed |= {name: caps[name] for name in over}
         rest = sum(weights[name] for name in shares if name not in fixed)
         left = 1 - sum(fixed.values())
-        shares = {name: fixed.get(name, left * weights[name] / rest if rest else 0.0) for name in shares}
+        shares = {name: fixed[name] if name in fixed else left * weights[name] / rest for name in shares}
     return shares
 
 
 def _apportion(weights: dict[str, float]) -> dict[str, int]:
     """Return whole samples a block, in proportion to `weights` by largest remainder, each at least 1."""
-    if len(weights) > BLOCK:
-        raise UserError(f"{len(weights)} languages are more than a block of {BLOCK} samples can hold")
     total, free = sum(weights.values()), BLOCK - len(weights)
+    # The first sample of each is set; the rest follows what its share is above that.
     exact = {name: max(0.0, weight / total * BLOCK - 1) for name, weight in weights.items()}
-    scale = free / sum(exact.values()) if sum(exact.values()) else 0.0
+    scale = free / sum(exact.values()) if free else 0.0
     exact = {name: value * scale for name, value in exact.items()}
     quotas = {name: 1 + int(value) for name, value in exact.items()}
     by_remainder = sorted(exact, key=lambda name: (int(exact[name]) - exact[name], name))
-    for position in range(BLOCK - sum(quotas.values())):
-        quotas[by_remainder[position % len(by_remainder)]] += 1
+    for name in by_remainder[: BLOCK - sum(quotas.values())]:
+        quotas[name] += 1
+    assert sum(quotas.values()) == BLOCK
     return quotas
