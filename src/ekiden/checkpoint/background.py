@@ -1,32 +1,34 @@
 """Saving beside training: one thread, at most one save in flight, no failure lost.
 
-The loop submits the work of writing a snapshot and asks at the next step what became of it.
+The loop hands over the work of writing a snapshot that it has already copied, and asks at the next step what
+became of it. The thread does not keep the process alive: a save that must be durable before the end is waited for.
 """
 
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable
 
 
 class BackgroundSaver:
-    """Runs one save at a time in a thread of its own."""
+    """Runs one save at a time in a thread of its own; to be used from one thread."""
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
-        self._failures: list[BaseException] = []
+        self._failures: deque[BaseException] = deque()
 
-    def submit(self, save: Callable[[], None]) -> None:
-        """Start `save`, after waiting for the one before it."""
+    def submit(self, save: Callable[[], object]) -> None:
+        """Start `save`, after waiting for the one before it; a failure of that one is kept for `failures`."""
         self.wait()
 
         def work() -> None:
             try:
                 save()
-            except BaseException as error:
+            except BaseException as error:  # whatever it was, the loop has to hear of it
                 self._failures.append(error)
 
-        self._thread = threading.Thread(target=work, name="checkpoint-save")
+        self._thread = threading.Thread(target=work, name="checkpoint-save", daemon=True)
         self._thread.start()
 
     def wait(self) -> None:
@@ -41,6 +43,5 @@ class BackgroundSaver:
         return self._thread is not None and self._thread.is_alive()
 
     def failures(self) -> list[BaseException]:
-        """Return the errors of saves that failed since the last call."""
-        failures, self._failures = self._failures, []
-        return failures
+        """Return the errors of saves that failed since the last call, oldest first."""
+        return [self._failures.popleft() for _ in range(len(self._failures))]

@@ -1,11 +1,14 @@
-"""`MANIFEST.json`: what a checkpoint folder holds, with a hash of every file; and reading it without trusting it.
+"""`MANIFEST.json`: what a checkpoint folder holds, with a hash of every file; and reading it without trusting
+it.
 
-The store writes it last, so a folder without one was never finished. It comes from a disk or a dataset host that may
-have damaged it, or from somebody else: it is bounded, strict, and names files of its own folder only.
+The store writes it last, so a folder without one was never finished. It comes from a disk or a dataset host
+that may have damaged it, or from somebody else: it is bounded, strict, and names files of its own folder
+only.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import re
@@ -16,44 +19,73 @@ from typing import Any
 import xxhash
 
 from ekiden.checkpoint import files
+from ekiden.checkpoint.header import TensorInfo, read_header
+from ekiden.checkpoint.strict_json import Damaged, Unreadable, parse_json
+
+__all__ = [
+    "NAME",
+    "Damaged",
+    "FileRecord",
+    "Hashes",
+    "Manifest",
+    "Unreadable",
+    "read_manifest",
+    "verify_folder",
+]
 
 NAME = "MANIFEST.json"
 FORMAT_VERSION = 1
-MAX_BYTES = 8 << 20
+MAX_BYTES = 4 << 20
 MAX_FILES = 10_000
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
-
-
-class Damaged(Exception):
-    """A checkpoint that must not be used; the message says which file and why."""
+_FIELDS = {"version", "step", "created", "files", "run"}
+_RECORD_FIELDS = {"bytes", "xxh3", "sha256"}
 
 
 @dataclass(frozen=True)
 class FileRecord:
-    """One file of a checkpoint: size in bytes, xxh3-128 (against damage) and SHA-256 (identity), in hex."""
+    """One file of a checkpoint: size in bytes, xxh3-128 (against damage) and SHA-256 (identity), in hex.
+
+    tensors: what a tensor file holds, {name: "F32[2,3]"}; None for any other file.
+    """
 
     bytes: int
     xxh3: str
     sha256: str
+    tensors: dict[str, str] | None = None
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """A parsed manifest: the step, the files by name, and what the caller added."""
+    """A parsed manifest.
+
+    step: optimizer steps done, which orders checkpoints. files: by name. run: what the caller added. created:
+    when it was written, for people only (clocks jump).
+    """
 
     step: int
     files: dict[str, FileRecord]
     run: dict[str, Any]
+    created: str = ""
 
     def to_json(self) -> bytes:
-        """Return the bytes of the file."""
+        """Return the bytes of the file.
+
+        Raises:
+            ValueError: `run` holds what JSON has not, such as NaN.
+        """
+        records = {name: dict(vars(record)) for name, record in sorted(self.files.items())}
+        for record in records.values():
+            if record["tensors"] is None:
+                del record["tensors"]
         value = {
             "version": FORMAT_VERSION,
             "step": self.step,
-            "files": {name: vars(record) for name, record in sorted(self.files.items())},
+            "created": self.created,
+            "files": records,
             "run": self.run,
         }
-        return (json.dumps(value, indent=1, allow_nan=False, sort_keys=False) + "\n").encode()
+        return (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
 
     @property
     def total_bytes(self) -> int:
@@ -76,28 +108,36 @@ class Hashes:
         if self._sha256 is not None:
             self._sha256.update(data)
 
-    def record(self) -> FileRecord:
-        """Return size and hashes of what was added."""
-        return FileRecord(self.bytes, self._xxh3.hexdigest(), self._sha256.hexdigest() if self._sha256 else "")
+    def record(self, tensors: dict[str, str] | None = None) -> FileRecord:
+        """Return size and hashes of what was added, with the `tensors` of a tensor file."""
+        return FileRecord(
+            self.bytes, self._xxh3.hexdigest(), self._sha256.hexdigest() if self._sha256 else "", tensors
+        )
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Return the manifest of `folder`.
+    """Return the manifest of `folder`; the files that it names are not looked at.
 
     Raises:
-        Damaged: there is none, or it is not one that this program writes.
+        Damaged: there is none, or it is not one that this program writes; `Unreadable` where it cannot be
+            read now.
     """
     try:
-        data = bytearray()
-        for chunk in files.read_chunks(folder / NAME):
-            data += chunk
-            if len(data) > MAX_BYTES:
-                raise Damaged(f"{NAME} is larger than {MAX_BYTES} bytes")
-    except FileNotFoundError:
-        raise Damaged(f"{NAME} is missing") from None
+        data = files.read_start(folder / NAME, MAX_BYTES + 1)
     except OSError as error:
-        raise Damaged(f"{NAME} cannot be read ({error.strerror or error})") from None
-    return parse_manifest(bytes(data))
+        raise _cannot_read(NAME, error) from None
+    if len(data) > MAX_BYTES:
+        raise Damaged(f"{NAME} is larger than {MAX_BYTES} bytes")
+    return parse_manifest(data)
+
+
+def _cannot_read(name: str, error: OSError) -> Damaged:
+    """Return the finding for a file that could not be read: damage if it is gone, else perhaps passing."""
+    if error.errno in (errno.ENOENT, errno.ENOTDIR):
+        return Damaged(f"{name} is missing")
+    if error.errno == errno.ELOOP or isinstance(error, files.NotRegular):
+        return Damaged(f"{name} is not used: {files.reason(error)}")
+    return Unreadable(f"{name} cannot be read: {files.reason(error)}")
 
 
 def parse_manifest(data: bytes) -> Manifest:
@@ -106,67 +146,95 @@ def parse_manifest(data: bytes) -> Manifest:
     Raises:
         Damaged: not JSON, not of this version, or with values that no manifest has.
     """
-    try:
-        value = json.loads(data, parse_constant=_refuse_constant, object_pairs_hook=_refuse_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise Damaged(f"{NAME} is not valid ({type(error).__name__}: {str(error)[:100]})") from None
-    if not isinstance(value, dict) or set(value) != {"version", "step", "files", "run"}:
-        raise Damaged(f"{NAME} does not have the fields version, step, files and run")
-    if value["version"] != FORMAT_VERSION:
-        raise Damaged(f"{NAME} has format version {str(value['version'])[:20]}; this program reads {FORMAT_VERSION}")
-    step, records, run = value["step"], value["files"], value["run"]
-    if type(step) is not int or not 0 <= step < 2**63 or not isinstance(records, dict) or not isinstance(run, dict):
-        raise Damaged(f"{NAME} has a step, files or run of the wrong type")
+    value = parse_json(data, NAME)
+    if not isinstance(value, dict) or set(value) != _FIELDS:
+        raise Damaged(f"{NAME} does not have the fields {', '.join(sorted(_FIELDS))}")
+    if type(value["version"]) is not int or value["version"] != FORMAT_VERSION:
+        raise Damaged(
+            f"{NAME} has format version {str(value['version'])[:20]}; this program reads {FORMAT_VERSION}"
+        )
+    step, created, records, run = value["step"], value["created"], value["files"], value["run"]
+    if type(step) is not int or not 0 <= step < 2**63:
+        raise Damaged(f"{NAME} has step {str(step)[:40]}, expected a number of steps")
+    if not isinstance(records, dict) or not isinstance(run, dict) or not isinstance(created, str):
+        raise Damaged(f"{NAME} has files, run or created of the wrong type")
     if len(records) > MAX_FILES:
         raise Damaged(f"{NAME} names {len(records)} files, more than {MAX_FILES}")
-    return Manifest(step, {name: _record(name, record) for name, record in records.items()}, run)
+    return Manifest(step, {name: _record(name, record) for name, record in records.items()}, run, created)
+
+
+def check_name(name: str) -> None:
+    """Raise Damaged unless `name` is a plain file name that a checkpoint may hold."""
+    if not _SAFE_NAME.fullmatch(name) or name == NAME:
+        raise Damaged(f"{NAME} names a file {name[:80]!r}, which is not a plain name in the folder")
 
 
 def _record(name: str, record: Any) -> FileRecord:
-    if not _SAFE_NAME.fullmatch(name):
-        raise Damaged(f"{NAME} names a file {name[:80]!r}, which is not a plain name in the folder")
-    if not isinstance(record, dict) or set(record) != {"bytes", "xxh3", "sha256"}:
+    check_name(name)
+    if not isinstance(record, dict) or not _RECORD_FIELDS <= set(record) <= _RECORD_FIELDS | {"tensors"}:
         raise Damaged(f"{NAME} does not describe {name} by bytes, xxh3 and sha256")
     size, xxh3, sha256 = record["bytes"], record["xxh3"], record["sha256"]
-    hashes_ok = all(isinstance(h, str) and re.fullmatch(r"[0-9a-f]{32,64}", h) for h in (xxh3, sha256))
-    if type(size) is not int or not 0 <= size < 2**60 or not hashes_ok:
+    if type(size) is not int or not 0 <= size < 2**60 or not _is_hex(xxh3, 32) or not _is_hex(sha256, 64):
         raise Damaged(f"{NAME} has a size or hash of {name} that cannot be one")
-    return FileRecord(size, xxh3, sha256)
+    tensors = record.get("tensors")
+    if tensors is not None and not (
+        isinstance(tensors, dict) and all(isinstance(shape, str) for shape in tensors.values())
+    ):
+        raise Damaged(f"{NAME} describes the tensors of {name} in a way that cannot be")
+    return FileRecord(size, xxh3, sha256, tensors)
 
 
-def _refuse_constant(text: str) -> None:
-    raise ValueError(f"{text} is not JSON")
+def _is_hex(value: Any, digits: int) -> bool:
+    return isinstance(value, str) and len(value) == digits and set(value) <= set("0123456789abcdef")
 
 
-def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a key stands twice")
-    return result
+def describe_tensors(tensors: dict[str, TensorInfo]) -> dict[str, str]:
+    """Return names, dtypes and shapes as a manifest records them."""
+    return {name: str(info) for name, info in sorted(tensors.items())}
 
 
 def verify_folder(folder: Path) -> Manifest:
     """Read every byte of the checkpoint in `folder` and return its manifest.
 
     Raises:
-        Damaged: a file is missing, of another size, or has another hash than when it was written.
+        Damaged: a file is missing, of another size, with another hash or other tensors than when it was
+            written; `Unreadable` where it cannot be read now.
     """
     manifest = read_manifest(folder)
     for name, expected in manifest.files.items():
-        hashes = Hashes(identity=False)
         try:
-            for chunk in files.read_chunks(folder / name):
-                hashes.update(chunk)
-                if hashes.bytes > expected.bytes:
-                    break
-        except FileNotFoundError:
-            raise Damaged(f"{name} is missing") from None
+            _verify_file(folder / name, expected)
         except OSError as error:
-            raise Damaged(f"{name} cannot be read ({error.strerror or error})") from None
-        found = hashes.record()
-        if found.bytes != expected.bytes:
-            more = "more than " if found.bytes > expected.bytes else ""
-            raise Damaged(f"{name} has {more}{min(found.bytes, expected.bytes)} bytes, expected {expected.bytes}")
-        if found.xxh3 != expected.xxh3:
-            raise Damaged(f"{name} has hash {found.xxh3}, expected {expected.xxh3}")
+            raise _cannot_read(name, error) from None
     return manifest
+
+
+def _verify_file(path: Path, expected: FileRecord) -> None:
+    name, hashes = path.name, Hashes(identity=False)
+    # One byte more than expected tells a longer file, however long it is.
+    for chunk in files.read_chunks(path, expected.bytes + 1):
+        hashes.update(chunk)
+    found = hashes.record()
+    if found.bytes != expected.bytes:
+        size = f"more than {expected.bytes}" if found.bytes > expected.bytes else str(found.bytes)
+        raise Damaged(f"{name} has {size} bytes, expected {expected.bytes}")
+    if found.xxh3 != expected.xxh3:
+        raise Damaged(f"{name} has hash {found.xxh3}, expected {expected.xxh3}")
+    if expected.tensors is not None:
+        _compare_tensors(name, describe_tensors(read_header(path)), expected.tensors)
+
+
+def _compare_tensors(filename: str, found: dict[str, str], expected: dict[str, str]) -> None:
+    for name in sorted(found.keys() | expected.keys()):
+        if found.get(name) != expected.get(name):
+            raise Damaged(
+                f"{filename} holds tensor {name[:80]!r} as {found.get(name, 'nothing')[:80]}, "
+                f"expected {expected.get(name, 'nothing')[:80]}"
+            )
+
+
+def extra_files(folder: Path, manifest: Manifest) -> list[str]:
+    """Return what lies in `folder` beside the manifest's files; it is never read."""
+    return sorted(
+        path.name for path in folder.iterdir() if path.name not in manifest.files and path.name != NAME
+    )

@@ -1,13 +1,12 @@
 """Tensors to and from safetensors files, streamed through `files` and hashed on the way.
 
-The format (8-byte header length, JSON header, raw little-endian bytes) is the one of the safetensors library, which
-reads these files; its writer is not used because it holds a second copy of all bytes and goes around `files`.
+The safetensors library reads these files; its writer is not used because it holds a second copy of all bytes
+and goes around `files`. Names, dtypes and shapes go into the manifest and are compared with the file before
+it is read.
 """
 
 from __future__ import annotations
 
-import json
-import struct
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,7 +14,8 @@ import safetensors
 import torch
 
 from ekiden.checkpoint import files
-from ekiden.checkpoint.manifest import Damaged, FileRecord, Hashes
+from ekiden.checkpoint.header import METADATA, TensorInfo, encode_header, layout, read_header
+from ekiden.checkpoint.manifest import Damaged, FileRecord, Hashes, describe_tensors
 
 DTYPES = {
     torch.float64: "F64",
@@ -26,49 +26,59 @@ DTYPES = {
     torch.int32: "I32",
     torch.int16: "I16",
     torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
 
 
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None) -> FileRecord:
-    """Write `tensors` to the new file `path`, durably; return its size and hashes.
+def write_tensors(
+    path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None
+) -> FileRecord:
+    """Write `tensors` to the new file `path`, durably; return its size, hashes and tensors.
 
-    Tensors may be on any device and need not be contiguous: each is copied to the host on its own.
+    Tensors may be on any device and need not be contiguous: each is copied to the host on its own, so the
+    memory needed beside them is that of the largest one.
+
+    Raises:
+        ValueError: a dtype that the format has not, or a name that it reserves.
+        OSError: the disk is full or fails.
     """
-    header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
-    offset = 0
-    for name, tensor in sorted(tensors.items()):
-        size = tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": DTYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, offset + size],
-        }
-        offset += size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    for name, tensor in tensors.items():
+        if tensor.dtype not in DTYPES or name == METADATA:
+            raise ValueError(f"tensor {name!r} of {tensor.dtype} cannot stand in a safetensors file")
+    infos = {name: TensorInfo(DTYPES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()}
     hashes = Hashes()
     with files.DurableFile(path) as file:
-        for data in (struct.pack("<Q", len(text)), text):
-            hashes.update(data)
-            file.write(data)
-        for _name, tensor in sorted(tensors.items()):
-            if tensor.numel():
-                raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-                hashes.update(raw.data)
-                file.write(raw.data)
-    return hashes.record()
+        header = encode_header(infos, metadata)
+        hashes.update(header)
+        file.write(header)
+        for name in layout(infos):
+            if tensors[name].numel():
+                raw = _raw(tensors[name])
+                hashes.update(raw)
+                file.write(raw)
+    return hashes.record(describe_tensors(infos))
+
+
+def _raw(tensor: torch.Tensor) -> memoryview:
+    """Return the bytes of a tensor that has some, in row-major order."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """Return the tensors of a safetensors file, by name, in host memory.
+    """Return the tensors of a safetensors file, by name, in host memory (mapped: paged in when first
+    touched).
 
     Raises:
-        Damaged: it is not one (the library checks header, offsets and sizes against the file).
+        Damaged: it is not one; its header is checked before the library sees it.
+        OSError: it cannot be read.
     """
+    expected = read_header(path)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except (safetensors.SafetensorError, OSError) as error:
-        raise Damaged(f"{path.name} cannot be read ({error})") from None
+            return {name: file.get_tensor(name) for name in expected}
+    except safetensors.SafetensorError as error:
+        raise Damaged(f"{path.name} cannot be read ({str(error)[:200]})") from None
