@@ -31,13 +31,19 @@ def flops_per_token(config, model) -> float:
     for layer in range(config.num_hidden_layers):
         local = config.model_type == "gemma3" and (layer + 1) % 6 != 0
         seen = min(config.sliding_window, config.max_length) if local else config.max_length
-        width = config.hidden_size if config.model_type == "gpt2" else config.num_attention_heads * config.head_dim
+        width = (
+            config.hidden_size
+            if config.model_type == "gpt2"
+            else config.num_attention_heads * config.head_dim
+        )
         attention += 6 * width * seen
     return 6 * (blocks + embedding) + attention
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--preset", default="gpt2-10m")
     parser.add_argument("--vocab-size", type=int, default=16384)
     parser.add_argument("--batch-size", type=int, default=8)

@@ -93,7 +93,11 @@ def tokenizer() -> None:
 @click.option("--output", required=True, help="File to write, ending in .model.")
 @click.option("--vocab-size", type=int, default=16000, show_default=True, help="Pieces in the vocabulary.")
 @click.option(
-    "--model-type", type=click.Choice(["unigram", "bpe"]), default="unigram", show_default=True, help="Algorithm."
+    "--model-type",
+    type=click.Choice(["unigram", "bpe"]),
+    default="unigram",
+    show_default=True,
+    help="Algorithm.",
 )
 @click.option(
     "--temperature",
@@ -118,9 +122,15 @@ def tokenizer_train(**options: Any) -> None:
 @click.argument("corpus", nargs=-1, required=True)
 @click.option("--tokenizer", required=True, help="SentencePiece .model, tokenizer folder or hub id.")
 @click.option("--output-dir", required=True, help="Folder for the token shards.")
-@click.option("--dataset-size", help="Tokens to keep, as an unbiased sample: 10k, 1M, 100M, 1B, 10B. Default: all.")
 @click.option(
-    "--test-split", type=float, default=0.002, show_default=True, help="Share of documents kept for evaluation; a small language keeps up to 5 %."
+    "--dataset-size", help="Tokens to keep, as an unbiased sample: 10k, 1M, 100M, 1B, 10B. Default: all."
+)
+@click.option(
+    "--test-split",
+    type=float,
+    default=0.002,
+    show_default=True,
+    help="Share of documents kept for evaluation; a small language keeps up to 5 %.",
 )
 @click.option("--num-proc", type=int, help="Worker processes. Default: one a core.")
 @click.option("--language", help="Language of corpus arguments that are single files or flat folders.")
@@ -180,7 +190,9 @@ def train(recipe: str | None, list_presets: bool, **settings: Any) -> None:
     if list_presets:
         click.echo("\n".join(preset_names()))
         return
-    config = build_config(recipe, **{name: value for name, value in settings.items() if value not in (None, ())})
+    config = build_config(
+        recipe, **{name: value for name, value in settings.items() if value not in (None, ())}
+    )
     from ekiden.training.loop import train as run
 
     click.echo(json.dumps(vars(run(config))))
@@ -189,7 +201,9 @@ def train(recipe: str | None, list_presets: bool, **settings: Any) -> None:
 @cli.command(context_settings=CONTEXT)
 @click.argument("model")
 @click.option("--dataset-path", required=True, help="Folder of token shards.")
-@click.option("--max-tokens", type=int, help="Tokens of each language's test split to evaluate. Default: all.")
+@click.option(
+    "--max-tokens", type=int, help="Tokens of each language's test split to evaluate. Default: all."
+)
 @click.option("--batch-size", type=int, default=8, show_default=True, help="Samples evaluated at a time.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
@@ -210,14 +224,42 @@ def evaluate(model: str, dataset_path: str, as_json: bool, **options: Any) -> No
 @click.option("--model-path", required=True, help="Run directory, checkpoint or Hugging Face folder.")
 @click.option("--prompt", "prompts", multiple=True, help="Text to continue; may be given several times.")
 @click.option("--interactive", is_flag=True, help="Ask for prompts until /quit; /help lists the settings.")
-@click.option("--max-new-tokens", type=int, default=128, show_default=True, help="Length of the continuation, in tokens.")
-@click.option("--temperature", type=float, default=0.8, show_default=True, help="Randomness; 0: always the likeliest token.")
-@click.option("--top-k", type=int, default=0, show_default=True, help="Choose among the k likeliest tokens; 0: all.")
-@click.option("--top-p", type=float, default=0.95, show_default=True, help="Choose among the likeliest tokens of this total probability.")
-@click.option("--repetition-penalty", type=float, default=1.1, show_default=True, help="Above 1: tokens seen before are less likely.")
+@click.option(
+    "--max-new-tokens",
+    type=int,
+    default=128,
+    show_default=True,
+    help="Length of the continuation, in tokens.",
+)
+@click.option(
+    "--temperature",
+    type=float,
+    default=0.8,
+    show_default=True,
+    help="Randomness; 0: always the likeliest token.",
+)
+@click.option(
+    "--top-k", type=int, default=0, show_default=True, help="Choose among the k likeliest tokens; 0: all."
+)
+@click.option(
+    "--top-p",
+    type=float,
+    default=0.95,
+    show_default=True,
+    help="Choose among the likeliest tokens of this total probability.",
+)
+@click.option(
+    "--repetition-penalty",
+    type=float,
+    default=1.1,
+    show_default=True,
+    help="Above 1: tokens seen before are less likely.",
+)
 @click.option("--seed", type=int, default=0, show_default=True, help="Same seed, same text.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
-def generate(model_path: str, prompts: tuple[str, ...], interactive: bool, device: str, **settings: Any) -> None:
+def generate(
+    model_path: str, prompts: tuple[str, ...], interactive: bool, device: str, **settings: Any
+) -> None:
     """Continue prompts with a trained model.
 
     Example: ekiden generate --model-path run --prompt "Once upon a time" --temperature 0.7

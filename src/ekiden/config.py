@@ -190,7 +190,9 @@ def field_types() -> dict[str, Any]:
 def preset_names() -> list[str]:
     """Return the names of the presets that come with Ekiden."""
     folder = resources.files("ekiden") / "presets"
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    return sorted(
+        entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml")
+    )
 
 
 def load_preset(name: str) -> dict[str, Any]:
@@ -201,7 +203,9 @@ def load_preset(name: str) -> dict[str, Any]:
     """
     names = preset_names()
     if name not in names:
-        raise UsageError(f"preset {name!r} does not exist{nearest(name, names)} (there are: {', '.join(names)})")
+        raise UsageError(
+            f"preset {name!r} does not exist{nearest(name, names)} (there are: {', '.join(names)})"
+        )
     path = resources.files("ekiden") / "presets" / f"{name}.yaml"
     return parse_yaml(path.read_text(encoding="utf-8"), f"presets/{name}.yaml")
 
@@ -230,8 +234,13 @@ def parse_yaml(text: str, where: str) -> dict[str, Any]:
             raise UsageError(f"{line}: unknown setting {name!r}{nearest(name, field_types())}")
         if name in settings:
             raise UsageError(f"{line}: {name} is set twice")
-        loader = yaml.SafeLoader("")
-        settings[name] = coerce(name, loader.construct_object(value_node, deep=True), line)
+        try:
+            value = yaml.SafeLoader("").construct_object(value_node, deep=True)
+        except yaml.YAMLError:
+            raise UsageError(
+                f"{line}: {name} holds a value that is not plain YAML ({value_node.tag})"
+            ) from None
+        settings[name] = coerce(name, value, line)
     return settings
 
 
@@ -269,16 +278,25 @@ def coerce(name: str, value: Any, where: str) -> Any:
             return _to_weights(value)
     except (LookupError, ValueError, TypeError, AttributeError):
         pass
-    shown = kind.__name__ if isinstance(kind, type) and not isinstance(kind, types.GenericAlias) else str(kind)
+    shown = (
+        kind.__name__ if isinstance(kind, type) and not isinstance(kind, types.GenericAlias) else str(kind)
+    )
     raise UsageError(f"{where}: {name} must be of type {shown}, not {value!r}")
 
 
 def _to_bool(value: Any) -> bool:
     if isinstance(value, bool):
         return value
-    return {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}[
-        str(value).lower()
-    ]
+    return {
+        "true": True,
+        "yes": True,
+        "on": True,
+        "1": True,
+        "false": False,
+        "no": False,
+        "off": False,
+        "0": False,
+    }[str(value).lower()]
 
 
 def _to_int(value: Any) -> int:
@@ -350,7 +368,9 @@ def build_config(recipe: str | None = None, **settings: Any) -> TrainConfig:
     if recipe and (recipe.endswith((".yaml", ".yml")) or "/" in recipe):
         path = Path(recipe)
         if not path.is_file():
-            raise UsageError(f"recipe {recipe} does not exist; give a YAML file or one of {', '.join(preset_names())}")
+            raise UsageError(
+                f"recipe {recipe} does not exist; give a YAML file or one of {', '.join(preset_names())}"
+            )
         chosen = parse_yaml(path.read_text(encoding="utf-8"), recipe)
     elif recipe:
         chosen = {"preset": recipe}
@@ -372,7 +392,9 @@ def validate(config: TrainConfig) -> TrainConfig:
     for name in positive.split():
         if getattr(config, name) <= 0:
             raise UsageError(f"--{name.replace('_', '-')} must be above 0, not {getattr(config, name)}")
-    for name in "max_steps epochs eval_steps eval_tokens sample_steps save_steps warmup_steps weight_decay".split():
+    for (
+        name
+    ) in "max_steps epochs eval_steps eval_tokens sample_steps save_steps warmup_steps weight_decay".split():
         if getattr(config, name) < 0:
             raise UsageError(f"--{name.replace('_', '-')} must not be negative, not {getattr(config, name)}")
     if config.max_checkpoints < 2:
@@ -395,5 +417,7 @@ def to_yaml(config: TrainConfig) -> str:
     lines = []
     for name, value in dataclasses.asdict(config).items():
         lines.append(f"# {field_help()[name]}")
-        lines.append(yaml.safe_dump({name: value}, allow_unicode=True, default_flow_style=False, width=1000).rstrip())
+        lines.append(
+            yaml.safe_dump({name: value}, allow_unicode=True, default_flow_style=False, width=1000).rstrip()
+        )
     return "\n".join(lines) + "\n"

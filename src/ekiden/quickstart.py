@@ -43,13 +43,20 @@ def run_quickstart(folder: Path, short: bool = False) -> None:
         raise UserError(f"--output-dir {folder} holds other files; give an empty or new folder")
     shutil.rmtree(folder, ignore_errors=True)
     steps = SHORT_STEPS if short else STEPS
-    corpus, model, shards, run = folder / "corpus", folder / "tokenizer.model", folder / "shards", folder / "run"
+    corpus, model, shards, run = (
+        folder / "corpus",
+        folder / "tokenizer.model",
+        folder / "shards",
+        folder / "run",
+    )
     write_corpus(corpus)
     ekiden("tokenizer", "train", corpus, "--output", model, "--vocab-size", 4000)
     ekiden("preprocess", corpus, "--tokenizer", model, "--output-dir", shards, "--test-split", 0.05)
     train = ["train", "gemma3-tiny", "--dataset-path", shards, "--output-dir", run, "--max-steps", steps]
     train += ["--log-steps", 1 if short else 10, "--eval-steps", steps // 2, "--save-steps", steps // 4]
-    say(f"\nTraining, and stopping it half-way with SIGTERM, as a machine that is taken away would:\n  {shown(train)}")
+    say(
+        f"\nTraining, and stopping it half-way with SIGTERM, as a machine that is taken away would:\n  {shown(train)}"
+    )
     stop_half_way(train, run, steps // 2)
     say(f"\nThe same command again:\n  {shown(train)}")
     ekiden(*train, quiet=True)
@@ -116,14 +123,22 @@ def stop_half_way(train: list[object], run: Path, step: int) -> None:
     process = subprocess.Popen([sys.executable, "-m", "ekiden", *map(str, train)])
     sent = False
     while process.poll() is None:
-        reached = max((r["step"] for r in read_history(run / "history.jsonl") if r["kind"] == "train"), default=0)
+        reached = max(
+            (r["step"] for r in read_history(run / "history.jsonl") if r["kind"] == "train"), default=0
+        )
         if not sent and reached >= step:
             process.send_signal(signal.SIGTERM)
             sent = True
         time.sleep(0.1)
-    status = json.loads((run / "result.json").read_text())["status"] if (run / "result.json").exists() else "failed"
+    status = (
+        json.loads((run / "result.json").read_text())["status"]
+        if (run / "result.json").exists()
+        else "failed"
+    )
     if process.returncode != 0 or not sent or status != "paused":
-        raise UserError(f"`{shown(train)}` ended as {status} with status {process.returncode}; its message stands above")
+        raise UserError(
+            f"`{shown(train)}` ended as {status} with status {process.returncode}; its message stands above"
+        )
 
 
 def last_samples(run: Path) -> dict[str, str]:

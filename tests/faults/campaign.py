@@ -132,7 +132,9 @@ def acknowledged(run: Path) -> int:
     return max(steps, default=0)
 
 
-def campaign(preset: str, kills: int, shards: Path, folder: Path, steps: int = 30, seed: int = 0) -> dict[str, Any]:
+def campaign(
+    preset: str, kills: int, shards: Path, folder: Path, steps: int = 30, seed: int = 0
+) -> dict[str, Any]:
     """Kill runs at random moments until there were `kills`; resume each to its end; compare with the reference.
 
     Returns:
@@ -144,7 +146,14 @@ def campaign(preset: str, kills: int, shards: Path, folder: Path, steps: int = 3
     assert trial(settings(preset, shards, folder / "reference", steps), log, None) == 0, log.read_text()
     duration = time.monotonic() - began
     expected = outcome(folder / "reference")
-    result = {"preset": preset, "kills": 0, "runs": 0, "failed_resumes": 0, "runs_bit_identical": 0, "checkpoints_lost": 0}
+    result = {
+        "preset": preset,
+        "kills": 0,
+        "runs": 0,
+        "failed_resumes": 0,
+        "runs_bit_identical": 0,
+        "checkpoints_lost": 0,
+    }
     while result["kills"] < kills:
         run = folder / f"run-{result['runs']}"
         result["runs"] += 1
@@ -158,7 +167,9 @@ def campaign(preset: str, kills: int, shards: Path, folder: Path, steps: int = 3
             result["failed_resumes"] += status not in (None, 0)
             result["checkpoints_lost"] += acknowledged(run) < before
         found = outcome(run)
-        same = found == expected and found.steps_twice == 0 and sorted(found.losses) == list(range(1, steps + 1))
+        same = (
+            found == expected and found.steps_twice == 0 and sorted(found.losses) == list(range(1, steps + 1))
+        )
         result["runs_bit_identical"] += same
         if same:
             shutil.rmtree(run)
@@ -167,7 +178,9 @@ def campaign(preset: str, kills: int, shards: Path, folder: Path, steps: int = 3
 
 def main() -> None:
     """Run the campaign for one or both families."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--preset", action="append")
     parser.add_argument("--seed", type=int, default=0)
@@ -180,7 +193,10 @@ def main() -> None:
             folder.mkdir()
             results.append(campaign(preset, options.kills, shards, folder, seed=options.seed))
             print(json.dumps(results[-1]), flush=True)
-    good = all(r["failed_resumes"] == r["checkpoints_lost"] == 0 and r["runs"] == r["runs_bit_identical"] for r in results)
+    good = all(
+        r["failed_resumes"] == r["checkpoints_lost"] == 0 and r["runs"] == r["runs_bit_identical"]
+        for r in results
+    )
     print(json.dumps({"campaign": "sigkill", "seed": options.seed, "passed": good, "results": results}))
     sys.exit(not good)
 

@@ -7,6 +7,7 @@ The vocabulary and the special ids are the tokenizer's. Nothing here calls the m
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,7 +25,7 @@ def model_config(
     Dropout is 0 (pretraining sees its text about once); the key/value cache is off, so that nothing of one window
     reaches the next.
     """
-    common = {
+    common: dict[str, Any] = {
         "vocab_size": vocab_size,
         "pad_token_id": pad_id,
         "bos_token_id": bos_id,
@@ -86,8 +87,8 @@ def build_model(
     settings = model_config(config, vocab_size, pad_id, bos_id, eos_id)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model: PreTrainedModel
-        model = GPT2LMHeadModel(settings) if config.model_type == "gpt2" else Gemma3ForCausalLM(settings)
+        family: Any = GPT2LMHeadModel if config.model_type == "gpt2" else Gemma3ForCausalLM
+        model: PreTrainedModel = family(settings)
         if config.initialization == "scaled" and config.model_type == "gemma3":
             quieten_residual_branches(model, pad_id)
     return model.float().train()

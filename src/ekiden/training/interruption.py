@@ -52,7 +52,9 @@ class Interruption:
             os._exit(128 + number)
         self._signal = signal.Signals(number)
         name = self._signal.name.encode()
-        os.write(sys.stderr.fileno(), b"\n" + name + b": finishing the step, then saving; once more ends at once\n")
+        os.write(
+            sys.stderr.fileno(), b"\n" + name + b": finishing the step, then saving; once more ends at once\n"
+        )
 
     def stop_reason(self, reserve_seconds: float) -> str | None:
         """Return why the run has to stop now, or None.

@@ -66,7 +66,9 @@ def write_failure(run: RunDirectory, error: BaseException) -> None:
     names = sorted(path.name for path in run.checkpoints.glob("step-*")) if run.checkpoints.is_dir() else []
     step = int(names[-1].removeprefix("step-")) if names else 0
     try:
-        run.write_result(TrainResult("failed", step, 0, str(error) or type(error).__name__, names[-1] if names else None))
+        run.write_result(
+            TrainResult("failed", step, 0, str(error) or type(error).__name__, names[-1] if names else None)
+        )
     except OSError as second:
         say(f"result.json could not be written ({second.strerror})")
 
@@ -82,7 +84,9 @@ class Trainer:
         self.folder_files = model_folder_files(self.state.model, self.start.tokenizer)
         self.history = History(run.history, self.counters.step)
         self.saver = BackgroundSaver()
-        self.tracker = WandbTracker(config, run.path, self.counters.wandb_run_id) if config.use_wandb else None
+        self.tracker = (
+            WandbTracker(config, run.path, self.counters.wandb_run_id) if config.use_wandb else None
+        )
         if self.tracker:
             self.counters.wandb_run_id = self.tracker.run_id
         self.saved_step = self.start.resumed_from.step if self.start.resumed_from else -1
@@ -143,16 +147,18 @@ class Trainer:
                     rate = (step - interval_start) * self._tokens_per_step() / max(interval_seconds, 1e-9)
                     shown = self._log(figures, rate)
                     interval_seconds, interval_start = 0.0, step
-                if config.eval_steps and self._due(config.eval_steps) and step < self.start.max_steps:
+                if self._due(config.eval_steps) and step < self.start.max_steps:
                     self._evaluate(config.eval_tokens)
-                if config.sample_steps and self._due(config.sample_steps) and step < self.start.max_steps:
+                if self._due(config.sample_steps) and step < self.start.max_steps:
                     self._samples()
                 progress.update(1, **shown)
                 self._check_saver()
                 reason = self.interruption.stop_reason(self._reserve_seconds())
                 if reason and step < self.start.max_steps:
                     return reason
-                if (config.save_steps and self._due(config.save_steps)) or self.interruption.save_requested():
+                # Not amid bad steps: a roll-back should go to before them.
+                due = self._due(config.save_steps) and counters.bad_in_row == 0
+                if due or self.interruption.save_requested():
                     self._save(wait=not config.background_save)
         finally:
             progress.close()
@@ -216,7 +222,9 @@ class Trainer:
                 "--max-length or choose a smaller preset"
             )
         smaller = counters.microbatch // 2
-        say(f"out of memory at step {counters.step + 1}: microbatch {counters.microbatch} -> {smaller}, same global batch")
+        say(
+            f"out of memory at step {counters.step + 1}: microbatch {counters.microbatch} -> {smaller}, same global batch"
+        )
         self.history.event("oom", counters.step, microbatch=[counters.microbatch, smaller], problem=problem)
         counters.microbatch_schedule.append([counters.step, smaller])
 
@@ -258,8 +266,12 @@ class Trainer:
         self.counters.rollbacks, self.counters.skipped_steps = before.rollbacks + 1, before.skipped_steps
         self.history.close()
         self.history = History(self.directory.history, self.counters.step)
-        self.history.event("rollback", self.counters.step, first_bad_step=first_bad + 1, batches_left_out=count)
-        say(f"rolled back to step {self.counters.step}; the {count} batches from step {first_bad + 1} on are left out")
+        self.history.event(
+            "rollback", self.counters.step, first_bad_step=first_bad + 1, batches_left_out=count
+        )
+        say(
+            f"rolled back to step {self.counters.step}; the {count} batches from step {first_bad + 1} on are left out"
+        )
 
     # -- what is recorded ---------------------------------------------------------------------------------------
 
@@ -297,7 +309,9 @@ class Trainer:
         if before == loss:
             say(f"resume verified bit-exact at step {step}")
         elif self.start.notes.get("level") == "L1":
-            say(f"step {step} is not bit-identical to the interrupted session's: loss {loss!r} now, {before!r} then")
+            say(
+                f"step {step} is not bit-identical to the interrupted session's: loss {loss!r} now, {before!r} then"
+            )
         self.history.event("resume-verified", step, bit_exact=before == loss)
 
     def _evaluate(self, tokens_per_language: int) -> dict[str, Any]:
@@ -332,7 +346,9 @@ class Trainer:
         )
         self.history.add("samples", self.counters.step, languages=texts)
         for language, samples in texts.items():
-            say(f"step {self.counters.step} sample ({language}): {samples[0]['prompt']} >> {samples[0]['text']}")
+            say(
+                f"step {self.counters.step} sample ({language}): {samples[0]['prompt']} >> {samples[0]['text']}"
+            )
 
     # -- what is kept -------------------------------------------------------------------------------------------
 
@@ -344,7 +360,9 @@ class Trainer:
             try:
                 snapshot = self.state.snapshot()
             except FloatingPointError as error:
-                raise UserError(f"{error}; nothing was saved, go on from the newest checkpoint with a lower --learning-rate")
+                raise UserError(
+                    f"{error}; nothing was saved, go on from the newest checkpoint with a lower --learning-rate"
+                )
             self.saved_step = step
             self.saver.submit(self._saving(snapshot))
         if wait:

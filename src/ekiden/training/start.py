@@ -84,7 +84,8 @@ def prepare(config: TrainConfig, run: RunDirectory) -> Start:
         bos_id=tokenizer.bos_id,
         eos_id=tokenizer.eos_id,
         seed=config.seed,
-    ).to(device)
+    )
+    model.to(device)  # type: ignore[arg-type]
     compiled = config.compile == "on" or (config.compile == "auto" and device.type == "cuda")
     if compiled:
         body(model).compile()
@@ -119,7 +120,9 @@ def find_checkpoint(config: TrainConfig, store: CheckpointStore) -> Checkpoint |
         return store.newest()
     path = Path(config.resume_from)
     if not path.is_dir():
-        raise UserError(f"--resume-from {path} is not a checkpoint folder; give RUN/checkpoints/step-N, or auto")
+        raise UserError(
+            f"--resume-from {path} is not a checkpoint folder; give RUN/checkpoints/step-N, or auto"
+        )
     return Checkpoint.open(path)
 
 
@@ -131,7 +134,9 @@ def fresh_mixture(config: TrainConfig, dataset: TokenDataset, global_batch: int)
         say(f"{name} has no training tokens and is left out")
     tokens = {name: count for name, count in tokens.items() if count > 0}
     if not tokens:
-        raise UserError(f"--dataset-path {config.dataset_path} holds no training tokens; preprocess a larger corpus")
+        raise UserError(
+            f"--dataset-path {config.dataset_path} holds no training tokens; preprocess a larger corpus"
+        )
     steps = config.max_steps or steps_of_epochs(config, dataset, global_batch)
     return plan_mixture(
         tokens,
@@ -225,11 +230,15 @@ def describe(
     for name, (before, after) in changed.items():
         say(f"changed setting: {name} was {before}, is {after}")
     then = saved["identity"]["environment"]
-    differing = [f"{key} was {then.get(key)}, is {now.get(key)}" for key in now | then if then.get(key) != now.get(key)]
+    differing = [
+        f"{key} was {then.get(key)}, is {now.get(key)}" for key in now | then if then.get(key) != now.get(key)
+    ]
     if "batch_size" in changed:
         differing.append(f"microbatch was {changed['batch_size'][0]}, is {changed['batch_size'][1]}")
     if differing:
-        say(f"resuming at step {counters.step}: same data order; sums may differ in the last bits ({'; '.join(differing)})")
+        say(
+            f"resuming at step {counters.step}: same data order; sums may differ in the last bits ({'; '.join(differing)})"
+        )
     else:
         say(f"resuming at step {counters.step}: same data order, bit-identical to an uninterrupted run")
     notes["changed"] = {name: list(values) for name, values in changed.items()}

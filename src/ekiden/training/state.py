@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from ekiden.checkpoint.store import Checkpoint, CheckpointWriter
 from ekiden.config import RESUME_FREE, TrainConfig
@@ -91,7 +92,7 @@ class TrainingState:
     def __init__(
         self,
         config: TrainConfig,
-        model: nn.Module,
+        model: PreTrainedModel,
         optimizer: torch.optim.Optimizer,
         scaler: torch.amp.GradScaler | None,
         mixture: Mixture,

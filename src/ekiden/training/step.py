@@ -61,7 +61,10 @@ def accumulate_gradients(
         with torch.autocast(device.type, precision.dtype, enabled=precision.dtype != torch.float32):
             hidden = hidden_states(model, input_ids)
             loss = chunked_cross_entropy(
-                hidden.reshape(-1, hidden.shape[-1]), head_weight(model), target_ids.reshape(-1), loss_chunk_size
+                hidden.reshape(-1, hidden.shape[-1]),
+                head_weight(model),
+                target_ids.reshape(-1),
+                loss_chunk_size,
             )
         mean = loss / total_tokens
         if fault_hook:
