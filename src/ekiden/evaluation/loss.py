@@ -1,12 +1,15 @@
-"""Loss, perplexity and bits per byte of a model on the test split, per language.
+"""Loss, perplexity and bits per byte of a model on the test split, language by language.
 
-The trainer evaluates its model every so often, `ekiden evaluate` any saved one. The text is read in consecutive
-windows; every token but the first of the split is predicted exactly once.
+Takes a model and token shards; the training loop calls `evaluate` every `eval_steps` and writes what it returns
+into the history, `ekiden evaluate` calls `evaluate_model`. Nothing is drawn at random: the same weights on the same
+device give the same figures.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,12 +18,19 @@ import torch
 from ekiden.errors import UserError
 from ekiden.export.load import load_model
 from ekiden.modeling.build import head_weight, hidden_states
-from ekiden.modeling.device import Precision, select_device, select_precision
+from ekiden.modeling.device import Precision, select_precision
 from ekiden.modeling.loss import IGNORE, chunked_cross_entropy
+from ekiden.tokenizer.load import Tokenizer
 from ekiden.tokens.format import TokenDataset, TokenStream
 
+LONGEST = 8192
+"""Window of a model from elsewhere whose context is longer: 131,072 tokens of attention fit few devices."""
+UNIGRAM_CHUNK, UNIGRAM_CHUNKS = 1 << 20, 64
+"""Training tokens counted for the unigram model: 64 pieces of 2^20, evenly spread, under a second."""
 
-@torch.no_grad()
+Figures = dict[str, Any]
+
+
 def evaluate(
     model: torch.nn.Module,
     dataset: TokenDataset,
@@ -28,139 +38,247 @@ def evaluate(
     tokens_per_language: int | None = None,
     batch_size: int = 8,
     precision: Precision | None = None,
+    chunk_rows: int = 1024,
 ) -> dict[str, Any]:
-    """Return the figures of `model` on every language's test split.
+    """Return the figures of `model` on the test split of every language, on the model's own device.
+
+    A split is read in order in windows of `length` predictions, so that each of its tokens but the very first is
+    predicted once, from at most `length` tokens before it.
 
     Args:
-        length: context, in tokens.
-        tokens_per_language: evaluate the first ones only; None: all.
+        length: tokens a window predicts; the model's context.
+        tokens_per_language: predict only this many from the beginning of each split; None: all.
+        batch_size: windows at a time; changes the figures in the last bits at most.
+        precision: of the matrix products; None: fp32.
+        chunk_rows: positions whose logits exist at one time.
 
     Returns:
-        {"languages": {LANG: {"loss" (nats a token), "perplexity", "bits_per_byte", "tokens"}},
-        "macro": mean over languages, "micro": over all tokens}. A language without test tokens has "tokens": 0 and
-        no other figure. Bits per byte = loss / ln 2 x tokens / bytes, with the bytes a token of the whole split.
+        {"languages": {LANG: {"loss", "perplexity", "bits_per_byte", "tokens", "bytes"}}, "macro", "micro"}.
+        loss: mean nats a token; perplexity: exp(loss); bits_per_byte: loss / ln 2 * tokens / bytes, comparable
+        between tokenizers; tokens: predicted; bytes: UTF-8 bytes of their text. Where not the whole split is
+        predicted, bytes are its tokens' share of the whole split's, by count. A language without test tokens
+        stands there with 0 tokens and None for the rest. macro: the mean over languages; micro: over all predicted
+        tokens; both are empty where there are none.
     """
     was_training = model.training
     model.eval()
-    languages: dict[str, dict[str, float]] = {}
-    for language in dataset.languages:
-        stream = dataset.split(language, "test")
-        count = min(stream.tokens - 1, tokens_per_language or stream.tokens)
-        if count < 1:
-            languages[language] = {"tokens": 0}
-            continue
-        total = summed_loss(model, stream, count, length, batch_size, precision)
-        languages[language] = figures(total / count, count, stream.bytes / stream.tokens)
-    model.train(was_training)
-    return {"languages": languages, **averages(languages)}
+    try:
+        languages = {
+            name: _of_split(
+                model,
+                dataset.split(name, "test"),
+                length,
+                tokens_per_language,
+                batch_size,
+                precision,
+                chunk_rows,
+            )
+            for name in dataset.languages
+        }
+    finally:
+        model.train(was_training)
+    return {"languages": languages, **_averages(list(languages.values()))}
 
 
-def summed_loss(
+@torch.no_grad()
+def _of_split(
     model: torch.nn.Module,
     stream: TokenStream,
-    count: int,
     length: int,
+    limit: int | None,
     batch_size: int,
     precision: Precision | None,
-) -> float:
-    """Return the summed loss, in nats, of predicting the tokens 1..count of `stream`."""
-    device = head_weight(model).device
+    chunk_rows: int,
+) -> Figures:
+    """Return the figures of one split."""
+    whole = max(0, stream.tokens - 1)
+    count = whole if limit is None else min(limit, whole)
+    if count == 0:
+        return _figures(None, 0, 0)
+    weight = head_weight(model)
+    device = weight.device
     dtype = precision.dtype if precision else torch.float32
-    total = 0.0
-    for first in range(0, count, length * batch_size):
-        inputs, targets = [], []
-        for start in range(first, min(first + length * batch_size, count), length):
-            window = stream.read(start, min(length, count - start) + 1)
-            padding = length - (len(window) - 1)
-            inputs.append(np.pad(window[:-1], (0, padding)))
-            targets.append(np.pad(window[1:], (0, padding), constant_values=IGNORE))
-        ids, wanted = (torch.from_numpy(np.stack(part)).to(device) for part in (inputs, targets))
+    # float64 on the device: no waiting for it between batches.
+    nats = torch.zeros((), dtype=torch.float64, device=device)
+    for inputs, targets in windows(stream, count, length, batch_size):
+        input_ids, target_ids = (torch.from_numpy(array).to(device) for array in (inputs, targets))
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            hidden = hidden_states(model, ids)
-            loss = chunked_cross_entropy(hidden.reshape(-1, hidden.shape[-1]), head_weight(model), wanted.reshape(-1))
-        total += float(loss)
-    return total
+            hidden = hidden_states(model, input_ids)
+            nats += chunked_cross_entropy(
+                hidden.reshape(-1, hidden.shape[-1]), weight, target_ids.reshape(-1), chunk_rows
+            )
+    return _figures(float(nats) / count, count, round(stream.bytes * count / whole))
 
 
-def figures(loss: float, tokens: int, bytes_per_token: float) -> dict[str, float]:
-    """Return loss, perplexity and bits per byte for a mean loss in nats a token."""
-    return {
+def windows(
+    stream: TokenStream, count: int, length: int, batch_size: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield (inputs, targets), int64 [b, T], that predict tokens 1 to `count` of a stream once each, in order.
+
+    The last window is filled up with token 0 and targets that count nothing; what stands after a token does not
+    reach it. T is `length`, or all of a shorter text.
+    """
+    length = min(length, count)
+    for first in range(0, count, batch_size * length):
+        last = min(count, first + batch_size * length)
+        rows = -(-(last - first) // length)
+        tokens = stream.read(first, last - first + 1)
+        inputs = np.zeros(rows * length, dtype=np.int64)
+        targets = np.full(rows * length, IGNORE, dtype=np.int64)
+        inputs[: last - first], targets[: last - first] = tokens[:-1], tokens[1:]
+        yield inputs.reshape(rows, length), targets.reshape(rows, length)
+
+
+def _figures(loss: float | None, tokens: int, size: int) -> Figures:
+    """Return one row of the result; `size` in bytes."""
+    bits = loss / math.log(2) * tokens / size if loss is not None and size else None
+    perplexity = None if loss is None else _exp(loss)
+    return {"loss": loss, "perplexity": perplexity, "bits_per_byte": bits, "tokens": tokens, "bytes": size}
+
+
+def _exp(loss: float) -> float:
+    return math.inf if loss > 700 else math.exp(loss)
+
+
+def _averages(rows: list[Figures]) -> dict[str, Figures]:
+    """Return the mean over languages and the mean over tokens."""
+    rows = [row for row in rows if row["tokens"]]
+    if not rows:
+        return {"macro": {}, "micro": {}}
+    loss = math.fsum(row["loss"] for row in rows) / len(rows)
+    bits = [row["bits_per_byte"] for row in rows if row["bits_per_byte"] is not None]
+    macro = {
         "loss": loss,
-        "perplexity": math.exp(min(loss, 700.0)),
-        "bits_per_byte": loss / math.log(2) / bytes_per_token,
-        "tokens": tokens,
+        "perplexity": _exp(loss),
+        "bits_per_byte": math.fsum(bits) / len(bits) if bits else None,
+    }
+    tokens, size = sum(row["tokens"] for row in rows), sum(row["bytes"] for row in rows)
+    return {
+        "macro": macro,
+        "micro": _figures(math.fsum(r["loss"] * r["tokens"] for r in rows) / tokens, tokens, size),
     }
 
 
-def averages(languages: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Return the macro average (every language counts the same) and the micro average (every token does)."""
-    measured = [values for values in languages.values() if values["tokens"]]
-    if not measured:
-        return {"macro": {}, "micro": {}}
-    tokens = sum(values["tokens"] for values in measured)
-    names = ("loss", "bits_per_byte")
-    macro = {name: sum(values[name] for values in measured) / len(measured) for name in names}
-    micro = {name: sum(values[name] * values["tokens"] for values in measured) / tokens for name in names}
-    for average in (macro, micro):
-        average["perplexity"] = math.exp(min(average["loss"], 700.0))
-    return {"macro": macro, "micro": micro}
+def unigram_cross_entropy(dataset: TokenDataset, language: str, tokens: int | None = None) -> float | None:
+    """Return the cross-entropy of the test split under the frequencies of the training tokens, in nats a token.
 
+    What a model reaches that knows how often tokens occur and nothing of their order; every piece of the vocabulary
+    is counted once more than it occurs (Laplace). Frequencies are of 67 million training tokens at most.
 
-def unigram_cross_entropy(dataset: TokenDataset, language: str) -> float:
-    """Return the nats a token of the test split under a unigram model of the training tokens.
+    Args:
+        tokens: the same as `evaluate`'s `tokens_per_language`.
 
-    Add-one smoothing (Laplace). A model that has learned no more than which tokens are frequent reaches this figure.
+    Returns:
+        None where there are no test tokens.
     """
-    counts = np.ones(dataset.vocab_size)
-    train, test = dataset.split(language, "train"), dataset.split(language, "test")
-    for start in range(0, train.tokens, 1 << 22):
-        part = train.read(start, min(1 << 22, train.tokens - start))
-        counts += np.bincount(part, minlength=dataset.vocab_size)
-    if test.tokens < 2:
-        raise UserError(f"{dataset.path} has no test tokens for {language}; preprocess with a larger --test-split")
-    log_probabilities = np.log(counts / counts.sum())
-    return float(-log_probabilities[test.read(1, test.tokens - 1)].mean())
+    test = dataset.split(language, "test")
+    count = max(0, test.tokens - 1) if tokens is None else min(tokens, test.tokens - 1)
+    if count <= 0:
+        return None
+    frequencies = _token_counts(dataset.split(language, "train"), dataset.vocab_size) + 1
+    negative_logs = -np.log(frequencies / frequencies.sum())
+    total = math.fsum(
+        float(negative_logs[test.read(first, min(UNIGRAM_CHUNK, count + 1 - first))].sum())
+        for first in range(1, count + 1, UNIGRAM_CHUNK)
+    )
+    return total / count
+
+
+def _token_counts(stream: TokenStream, vocab_size: int) -> np.ndarray:
+    """Return how often each id occurs, int64 [V], in evenly spread pieces of the stream where it is long."""
+    counts = np.zeros(vocab_size, dtype=np.int64)
+    chunks = -(-stream.tokens // UNIGRAM_CHUNK)
+    for chunk in range(0, chunks, max(1, -(-chunks // UNIGRAM_CHUNKS))):
+        first = chunk * UNIGRAM_CHUNK
+        piece = stream.read(first, min(UNIGRAM_CHUNK, stream.tokens - first))
+        counts += np.bincount(piece, minlength=vocab_size)
+    return counts
 
 
 def evaluate_model(
-    model: str, dataset_path: str, max_tokens: int | None = None, batch_size: int = 8, device: str = "auto"
+    model: str | Path,
+    dataset_path: str | Path,
+    max_tokens: int | None = None,
+    batch_size: int = 8,
+    device: str = "auto",
 ) -> dict[str, Any]:
-    """Evaluate a saved model: `ekiden evaluate`.
+    """Return what `evaluate` returns for the model at a path, each language with the `unigram_loss` to compare with.
 
-    Returns:
-        As `evaluate`, with "unigram_loss" beside each language's loss.
+    Args:
+        model: run directory, checkpoint or Hugging Face folder.
+        dataset_path: folder of token shards; its test split is evaluated.
+        max_tokens: of each language's test split; None: all.
 
     Raises:
-        UserError: no model, no shards, or shards of another tokenizer.
+        UserError: model or shards are missing, or do not belong together.
     """
-    target = select_device(device)
-    loaded = load_model(model, target)
+    loaded = load_model(model, device)
     dataset = TokenDataset.open(dataset_path)
-    if dataset.tokenizer_sha256 != loaded.tokenizer.sha256:
-        raise UserError(
-            f"--dataset-path {dataset_path} was made with another tokenizer than {loaded.path}; preprocess the corpus with "
-            f"--tokenizer {loaded.path}"
-        )
-    length = int(loaded.model.config.max_position_embeddings)
-    precision = select_precision(target, "auto")
-    result = evaluate(loaded.model, dataset, length, max_tokens, batch_size, precision)
-    for language, values in result["languages"].items():
-        if values["tokens"]:
-            values["unigram_loss"] = unigram_cross_entropy(dataset, language)
+    check_tokenizer(loaded.tokenizer, loaded.path, dataset, dataset_path)
+    result = evaluate(
+        loaded.model,
+        dataset,
+        length=min(LONGEST, int(loaded.model.config.max_position_embeddings)),
+        tokens_per_language=max_tokens,
+        batch_size=batch_size,
+        precision=select_precision(head_weight(loaded.model).device, "auto"),
+    )
+    for language, figures in result["languages"].items():
+        figures["unigram_loss"] = unigram_cross_entropy(dataset, language, max_tokens)
     return result
 
 
-def format_evaluation(result: dict[str, Any]) -> str:
-    """Return the figures as a table."""
-    rows = [f"{'language':<14}{'loss':>9}{'perplexity':>12}{'bits/byte':>11}{'tokens':>12}{'unigram loss':>14}"]
-    for name, values in [*result["languages"].items(), ("macro", result["macro"]), ("micro", result["micro"])]:
-        if "loss" not in values:
-            rows.append(f"{name:<14}  no test tokens")
-            continue
-        tokens = f"{values['tokens']:,}" if "tokens" in values else ""
-        unigram = f"{values['unigram_loss']:.4f}" if "unigram_loss" in values else ""
-        rows.append(
-            f"{name:<14}{values['loss']:>9.4f}{values['perplexity']:>12.2f}{values['bits_per_byte']:>11.4f}"
-            f"{tokens:>12}{unigram:>14}"
+def check_tokenizer(
+    tokenizer: Tokenizer, model: Path, dataset: TokenDataset, dataset_path: str | Path
+) -> None:
+    """Refuse shards whose ids mean other pieces than the model's.
+
+    Files may differ and the ids be the same (a SentencePiece model and its conversion), so text decides.
+
+    Raises:
+        UserError: the tokenizers differ.
+    """
+    if tokenizer.sha256 == dataset.tokenizer_sha256:
+        return
+    of_shards = dataset.tokenizer()
+    texts = [
+        of_shards.decode(dataset.split(language, split).document(0)[:512].tolist())
+        for language in dataset.languages
+        for split in ("train", "test")
+        if dataset.split(language, split).documents
+    ]
+    pairs = zip(tokenizer.encode_batch(texts), of_shards.encode_batch(texts))
+    if tokenizer.vocab_size != of_shards.vocab_size or not all(np.array_equal(a, b) for a, b in pairs):
+        raise UserError(
+            f"--dataset-path {dataset_path} was made with another tokenizer than {model} was trained with; preprocess the "
+            f"text with --tokenizer {model}"
         )
-    return "\n".join(row.rstrip() for row in rows)
+
+
+def format_evaluation(result: dict[str, Any]) -> str:
+    """Return a table of what `evaluate` returned: a row a language, then the averages."""
+    rows = dict(result["languages"])
+    rows |= {
+        name: result[key]
+        for key, name in (("macro", "mean of languages"), ("micro", "mean of tokens"))
+        if result[key]
+    }
+    width = max([len(name) for name in rows] + [len("language")]) + 2
+    baseline = any("unigram_loss" in row for row in rows.values())
+    head = f"{'language':<{width}}{'loss':>9}{'perplexity':>13}{'bits/byte':>11}{'tokens':>13}"
+    lines = [head + (f"{'unigram loss':>14}" if baseline else "")]
+    for name, row in rows.items():
+        if row["loss"] is None:
+            lines.append(
+                f"{name:<{width}} no test tokens: preprocess with a larger --test-split to evaluate it"
+            )
+            continue
+        line = f"{name:<{width}}{row['loss']:>9.4f}{_short(row['perplexity']):>13}"
+        line += f"{'-' if row['bits_per_byte'] is None else format(row['bits_per_byte'], '.4f'):>11}"
+        line += f"{format(row['tokens'], ',') if 'tokens' in row else '':>13}"
+        lines.append((line + (f"{row['unigram_loss']:>14.4f}" if "unigram_loss" in row else "")).rstrip())
+    return "\n".join(lines)
+
+
+def _short(perplexity: float) -> str:
+    return f"{perplexity:,.2f}" if perplexity < 1e8 else f"{perplexity:.3g}"
