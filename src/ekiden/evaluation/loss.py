@@ -233,7 +233,9 @@ def check_tokenizer(
 ) -> None:
     """Refuse shards whose ids mean other pieces than the model's.
 
-    Files may differ and the ids be the same (a SentencePiece model and its conversion), so text decides.
+    Files may differ and the ids be the same (a SentencePiece model and its conversion), so text decides: most of
+    the first documents must give the same ids. Not all, for a conversion decides exact ties of a unigram model
+    otherwise; another tokenizer agrees on next to none.
 
     Raises:
         UserError: the tokenizers differ.
@@ -248,10 +250,11 @@ def check_tokenizer(
         if dataset.split(language, split).documents
     ]
     pairs = zip(tokenizer.encode_batch(texts), of_shards.encode_batch(texts))
-    if tokenizer.vocab_size != of_shards.vocab_size or not all(np.array_equal(a, b) for a, b in pairs):
+    same = sum(np.array_equal(found, expected) for found, expected in pairs)
+    if tokenizer.vocab_size != of_shards.vocab_size or 2 * same < len(texts):
         raise UserError(
-            f"--dataset-path {dataset_path} was made with another tokenizer than {model} was trained with; preprocess the "
-            f"text with --tokenizer {model}"
+            f"--dataset-path {dataset_path} was made with another tokenizer than {model} was trained with; "
+            f"preprocess the text with --tokenizer {model}"
         )
 
 
