@@ -1,7 +1,8 @@
 """Saving beside training: one thread, at most one save in flight, no failure lost.
 
 The loop hands over the work of writing a snapshot that it has already copied, and asks at the next step what
-became of it. The thread does not keep the process alive: a save that must be durable before the end is waited for.
+became of it. The thread does not keep the process alive: a save that must be durable before the end is waited
+for.
 """
 
 from __future__ import annotations

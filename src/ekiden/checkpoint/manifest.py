@@ -38,7 +38,9 @@ FORMAT_VERSION = 1
 MAX_BYTES = 4 << 20
 MAX_FILES = 10_000
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
-_FIELDS = {"version", "step", "created", "files", "run"}
+_FIELDS = {"xxh3", "version", "step", "created", "files", "run"}
+# The first line is a hash of every byte after it: a bit that flips in a step or a loss has to be found too.
+_BEFORE_HASH, _AFTER_HASH, _HASH_DIGITS = b'{\n "xxh3": "', b'",\n', 32
 _RECORD_FIELDS = {"bytes", "xxh3", "sha256"}
 
 
@@ -85,7 +87,7 @@ class Manifest:
             "files": records,
             "run": self.run,
         }
-        return (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
+        return seal((json.dumps(value, indent=1, allow_nan=False) + "\n").encode()[2:])
 
     @property
     def total_bytes(self) -> int:
@@ -112,6 +114,23 @@ class Hashes:
         """Return size and hashes of what was added, with the `tensors` of a tensor file."""
         return FileRecord(
             self.bytes, self._xxh3.hexdigest(), self._sha256.hexdigest() if self._sha256 else "", tensors
+        )
+
+
+def seal(body: bytes) -> bytes:
+    """Return the manifest's bytes: its own hash, then `body`, which is the object after its opening bracket."""
+    return _BEFORE_HASH + xxhash.xxh3_128(body).hexdigest().encode() + _AFTER_HASH + body
+
+
+def _check_seal(data: bytes) -> None:
+    begin = len(_BEFORE_HASH)
+    end = begin + _HASH_DIGITS
+    if not data.startswith(_BEFORE_HASH) or data[end : end + len(_AFTER_HASH)] != _AFTER_HASH:
+        raise Damaged(f"{NAME} does not begin with its own hash")
+    found = xxhash.xxh3_128(data[end + len(_AFTER_HASH) :]).hexdigest().encode()
+    if found != data[begin:end]:
+        raise Damaged(
+            f"{NAME} has hash {found.decode()}, expected {data[begin:end].decode(errors='replace')}"
         )
 
 
@@ -144,8 +163,9 @@ def parse_manifest(data: bytes) -> Manifest:
     """Return the manifest in `data`.
 
     Raises:
-        Damaged: not JSON, not of this version, or with values that no manifest has.
+        Damaged: other bytes than were written, not JSON, not of this version, or values that no manifest has.
     """
+    _check_seal(data)
     value = parse_json(data, NAME)
     if not isinstance(value, dict) or set(value) != _FIELDS:
         raise Damaged(f"{NAME} does not have the fields {', '.join(sorted(_FIELDS))}")

@@ -155,9 +155,10 @@ class CheckpointStore:
         try:
             return self._write(step, write, run)
         except OSError as error:
-            if error.errno not in _FULL or gave_up or not self._give_up_oldest():
+            if error.errno not in _FULL or gave_up or not self._give_up_oldest(self._path(step)):
                 raise
-        return self._write(step, write, run)
+        # Where only the last fsync had failed, it stands there already.
+        return self._existing(step) or self._write(step, write, run)
 
     def _make_room(self, step: int, estimate_bytes: int | None) -> bool:
         """Return whether an old checkpoint was given up so that there is space for a new one.
@@ -171,7 +172,7 @@ class CheckpointStore:
             needed = newest[1].total_bytes if newest else 0
         if files.free_bytes(self.folder) >= needed:
             return False
-        gave_up = self._give_up_oldest()
+        gave_up = self._give_up_oldest(self._path(step))
         free = files.free_bytes(self.folder)
         if free < needed:
             raise CheckpointError(
@@ -237,8 +238,8 @@ class CheckpointStore:
         except OSError as error:
             say(f"old checkpoints could not be removed ({files.reason(error)}); the next save tries again")
 
-    def _give_up_oldest(self) -> bool:
-        """Remove the oldest checkpoint where a newer verified one stays; return whether one was removed."""
+    def _give_up_oldest(self, new: Path) -> bool:
+        """Remove the oldest checkpoint where a newer verified one, other than `new`, stays; return whether it did."""
         found = [
             (path, manifest) for path, manifest in self._readable() if manifest.step not in self.protected
         ]
@@ -248,6 +249,8 @@ class CheckpointStore:
         for path in step_folders(self.folder):
             if path == oldest:
                 return False
+            if path == new:
+                continue
             with contextlib.suppress(Damaged):
                 verify_folder(path)
                 break
