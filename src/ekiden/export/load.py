@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -59,7 +60,8 @@ def load_model(
             f"{folder}: the tokenizer has {loaded.vocab_size} pieces and the model {model.config.vocab_size}; give "
             "the tokenizer that the model was trained with"
         )
-    return LoadedModel(model.to(target).eval(), loaded, folder, _step(folder))
+    model.to(target)  # type: ignore[arg-type]
+    return LoadedModel(model.eval(), loaded, folder, _step(folder))
 
 
 def find_model(path: Path) -> Path:
@@ -119,7 +121,7 @@ def _check_whole(folder: Path) -> None:
 def _load_weights(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     try:
         with _quiet():
-            model, report = AutoModelForCausalLM.from_pretrained(
+            result: Any = AutoModelForCausalLM.from_pretrained(
                 str(folder),
                 dtype=dtype,
                 attn_implementation="sdpa",
@@ -134,6 +136,7 @@ def _load_weights(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
             f"{folder} cannot be loaded ({reason}); it must hold config.json and model.safetensors of a causal "
             "language model"
         ) from None
+    model, report = result
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         # transformers only warns, and leaves what is missing at random values.
         if report.get(kind):

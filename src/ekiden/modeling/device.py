@@ -7,11 +7,12 @@ bf16 is emulated and slow.
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 
 import torch
 
-from ekiden.errors import UserError
+from ekiden.errors import UsageError, UserError, nearest
 
 
 @dataclass(frozen=True)
@@ -33,15 +34,20 @@ _PRECISIONS = {
     "fp16": Precision("fp16", torch.float16, True),
 }
 
-# Dense tensor-core FLOP/s from NVIDIA's data sheets, by a part of the device's name; (fp16 and bf16, fp32).
+# Dense FLOP/s without TF32 from NVIDIA's data sheets, (fp16 and bf16, fp32) by a word of the device's name, the
+# first that fits; the plain H100 and A100 are the SXM boards.
 _PEAK_FLOPS = {
-    "H200": (989e12, 67e12),
-    "H100": (989e12, 67e12),
-    "A100": (312e12, 19.5e12),
-    "A10G": (70e12, 35e12),
-    "L4": (121e12, 30.3e12),
-    "T4": (65e12, 8.1e12),
-    "P100": (18.7e12, 9.3e12),
+    r"H200": (989e12, 67e12),
+    r"H100 PCIe": (756e12, 51e12),
+    r"H100": (989e12, 67e12),
+    r"A100": (312e12, 19.5e12),
+    r"A10G": (70e12, 35e12),
+    r"A10": (125e12, 31.2e12),
+    r"L40S": (362e12, 91.6e12),
+    r"L4": (121e12, 30.3e12),
+    r"V100": (125e12, 15.7e12),
+    r"T4": (65e12, 8.1e12),
+    r"P100": (18.7e12, 9.3e12),
 }
 
 
@@ -63,13 +69,15 @@ def select_device(requested: str) -> torch.device:
         raise UserError(f"--device {requested} is not supported; give auto, cpu, cuda or cuda:N")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if (device.index or 0) >= count:
-        raise UserError(f"--device {requested} is not there ({count} CUDA devices seen); give --device cpu, or enable the GPU")
+        raise UserError(
+            f"--device {requested} is not there ({count} CUDA devices seen); give --device cpu, or enable the GPU"
+        )
     major, minor = torch.cuda.get_device_capability(device)
     if major < 7:
         name = torch.cuda.get_device_name(device)
         raise UserError(
-            f"{name} (compute capability {major}.{minor}) is not supported by current PyTorch builds; choose a T4 or newer "
-            "(on Kaggle: accelerator GPU T4 x2)"
+            f"{name} (compute capability {major}.{minor}) is not supported by current PyTorch builds; choose a T4 or "
+            "newer (on Kaggle: accelerator GPU T4 x2), or --device cpu"
         )
     return torch.device("cuda", device.index or 0)
 
@@ -78,16 +86,26 @@ def select_precision(device: torch.device, requested: str) -> Precision:
     """Return the precision for `requested`: auto, fp32, bf16 or fp16.
 
     Raises:
-        UserError: fp16 on a CPU, where it is emulated (8 GFLOP/s against 54 in fp32).
+        UserError: fp16 on a CPU or bf16 before compute capability 8.0, where it would be emulated.
+        UsageError: no such precision.
     """
-    if requested == "auto":
-        if device.type == "cpu":
-            requested = "fp32"
-        else:
-            requested = "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
-    if requested == "fp16" and device.type == "cpu":
-        raise UserError("--precision fp16 needs a GPU; give fp32 or bf16 on a CPU")
-    return _PRECISIONS[requested]
+    if requested not in ("auto", *_PRECISIONS):
+        names = ["auto", *_PRECISIONS]
+        raise UsageError(
+            f"--precision {requested} is not one of {', '.join(names)}{nearest(requested, names)}"
+        )
+    if device.type == "cpu":
+        if requested == "fp16":
+            # 8 GFLOP/s against 54 in fp32, measured.
+            raise UserError("--precision fp16 needs a GPU; give fp32 or bf16 on a CPU")
+        return _PRECISIONS["fp32" if requested == "auto" else requested]
+    capability = torch.cuda.get_device_capability(device)
+    if requested == "bf16" and capability < (8, 0):
+        raise UserError(
+            f"--precision bf16 needs compute capability 8.0 and {torch.cuda.get_device_name(device)} has "
+            f"{capability[0]}.{capability[1]}; give fp16"
+        )
+    return _PRECISIONS[("bf16" if capability >= (8, 0) else "fp16") if requested == "auto" else requested]
 
 
 def configure_determinism(num_threads: int | None) -> int:
@@ -98,16 +116,29 @@ def configure_determinism(num_threads: int | None) -> int:
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False
-    threads = num_threads or len(os.sched_getaffinity(0))
+    threads = num_threads or available_cores()
     torch.set_num_threads(threads)
     return threads
 
 
+def available_cores() -> int:
+    """Return the cores this process may run on."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def peak_flops(device_name: str, precision: Precision) -> float | None:
-    """Return the device's peak FLOP/s in `precision` from its data sheet; None where unknown."""
+    """Return the device's peak FLOP/s in `precision` from its data sheet; None where unknown.
+
+    A device without bf16 tensor cores (before compute capability 8.0) has no figure for bf16.
+    """
     for part, (half, single) in _PEAK_FLOPS.items():
-        if part in device_name:
+        # Whole words: 'A100' is not an RTX A1000, 'L4' not an L40, 'T4' not a T400.
+        if re.search(rf"(?<![A-Za-z0-9]){part}(?![A-Za-z0-9])", device_name):
+            if precision.name == "bf16" and part in ("T4", "V100", "P100"):
+                return None
             return single if precision.name == "fp32" else half
     return None
