@@ -98,6 +98,7 @@ def test_windows_are_the_text_in_order_with_padding_at_the_very_end(total, lengt
     inputs, targets = (np.concatenate([pair[i].ravel() for pair in batches]) for i in (0, 1))
     assert inputs[:count].tolist() == list(range(count))
     assert targets[:count].tolist() == list(range(1, count + 1))
+    assert (inputs[count:] == count).all(), "never the padding id, of which transformers warns"
     assert (targets[count:] == -100).all() and len(targets) - count < min(length, count)
     assert all(pair[0].shape == pair[1].shape and len(pair[0]) <= batch_size for pair in batches)
 

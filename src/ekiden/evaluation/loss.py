@@ -115,15 +115,16 @@ def windows(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield (inputs, targets), int64 [b, T], that predict tokens 1 to `count` of a stream once each, in order.
 
-    The last window is filled up with token 0 and targets that count nothing; what stands after a token does not
-    reach it. T is `length`, or all of a shorter text.
+    The last window is filled up with its last token and targets that count nothing; what stands after a token
+    does not reach it. (Filled with the padding id, transformers would warn of a missing mask.) T is `length`, or
+    all of a shorter text.
     """
     length = min(length, count)
     for first in range(0, count, batch_size * length):
         last = min(count, first + batch_size * length)
         rows = -(-(last - first) // length)
         tokens = stream.read(first, last - first + 1)
-        inputs = np.zeros(rows * length, dtype=np.int64)
+        inputs = np.full(rows * length, tokens[-1])
         targets = np.full(rows * length, IGNORE, dtype=np.int64)
         inputs[: last - first], targets[: last - first] = tokens[:-1], tokens[1:]
         yield inputs.reshape(rows, length), targets.reshape(rows, length)
