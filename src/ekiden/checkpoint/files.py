@@ -188,9 +188,11 @@ def open_regular(path: Path) -> Iterator[BinaryIO]:
     """
     _about_to("open", path)
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    # Only now is it known what it is; a folder cannot even be turned into a file object.
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise NotRegular(errno.EINVAL, "it is not a regular file", str(path))
     with os.fdopen(descriptor, "rb", buffering=0) as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise NotRegular(errno.EINVAL, "it is not a regular file", str(path))
         yield file
 
 

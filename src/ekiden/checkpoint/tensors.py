@@ -65,7 +65,9 @@ def write_tensors(
 
 def _raw(tensor: torch.Tensor) -> memoryview:
     """Return the bytes of a tensor that has some, in row-major order."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    host = tensor.detach().cpu().contiguous()
+    # One element may have any stride and still count as contiguous; a view as bytes needs a stride of 1.
+    return host.as_strided((host.numel(),), (1,)).view(torch.uint8).numpy().data
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
