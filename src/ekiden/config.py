@@ -66,9 +66,9 @@ class TrainConfig:
     seed: int = 1337
     """Seed of the initial weights and of the order of the data."""
     temperature: float = 0.5
-    """Mixture of languages: a language with n tokens is drawn in proportion to n to this power (1: as they are, 0: equal)."""
+    """Mixture: a language with n tokens is drawn in proportion to n to this power (1: as they are, 0: equally)."""
     language_weights: dict[str, float] = field(default_factory=dict)
-    """Explicit mixture instead of temperature, as name=share pairs: english=0.6,hindi=0.4. A language left out is not trained on."""
+    """Explicit mixture instead of temperature, as name=share pairs: english=0.6,hindi=0.4. Others are left out."""
     max_epochs_per_language: float = 0.0
     """Cap on how often a language's text is repeated over the whole run, in epochs; 0 means no cap."""
 

@@ -26,7 +26,7 @@ from ekiden.training.history import read_history
 
 STDLIB_BYTES = 600_000
 """English text taken from the standard library: with the sample corpus enough for some hundred steps."""
-STEPS, SHORT_STEPS = 240, 24
+STEPS, SHORT_STEPS = 160, 16
 
 
 def run_quickstart(folder: Path, short: bool = False) -> None:

@@ -28,7 +28,7 @@ from ekiden.training.history import History
 from ekiden.training.interruption import Interruption
 from ekiden.training.optimizer import learning_rate
 from ekiden.training.rundir import RunDirectory, TrainResult
-from ekiden.training.start import Start, prepare
+from ekiden.training.start import prepare
 from ekiden.training.state import Snapshot
 from ekiden.training.step import StepFigures, accumulate_gradients, apply_update
 from ekiden.training.trackers import WandbTracker
@@ -362,7 +362,7 @@ class Trainer:
             except FloatingPointError as error:
                 raise UserError(
                     f"{error}; nothing was saved, go on from the newest checkpoint with a lower --learning-rate"
-                )
+                ) from None
             self.saved_step = step
             self.saver.submit(self._saving(snapshot))
         if wait:
