@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,6 +185,52 @@ def test_the_enumeration_sees_every_kind_of_operation(tmp_path: Path) -> None:
     seen = {operation for operation, _name in operations(SAVES["save and retention"], tmp_path / "count")}
     wanted = {"create", "write", "fsync", "mkdir", "rename", "sync", "unlink", "rmdir", "open", "read"}
     assert seen == wanted
+
+
+TRACED = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from checkpoint_faults import CheckpointStore, Fault, injected, save
+root = Path(sys.argv[2])
+for step in (1, 2):
+    save(CheckpointStore(root / "checkpoints", keep=2), step)
+fault = Fault()
+(root / "BEGIN").mkdir()
+with injected(fault):
+    save(CheckpointStore(root / "checkpoints", keep=2), 3)
+(root / "END").mkdir()
+print(*(operation for operation, _name in fault.operations))
+"""
+CALLS = (
+    "openat,creat,write,pwrite64,writev,fsync,fdatasync,rename,renameat,renameat2,mkdir,rmdir,unlink,unlinkat"
+)
+
+
+@pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
+def test_no_system_call_that_changes_something_goes_around_the_hook(tmp_path: Path) -> None:
+    log = tmp_path / "strace.log"
+    (tmp_path / "run").mkdir()
+    arguments = [sys.executable, "-c", TRACED, str(Path(__file__).parent), str(tmp_path / "run")]
+    command = ["strace", "-f", "-y", "-o", str(log), "-e", f"trace={CALLS}", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    if "ptrace" in done.stderr or not log.read_text():
+        pytest.skip("processes may not be traced here")
+    assert done.returncode == 0, done.stderr
+    traced = log.read_text().split("BEGIN", 1)[1].split("END", 1)[0]
+    # The first and the last line are the rests of the two marks.
+    lines = [line.split(maxsplit=1)[1] for line in traced.splitlines()[1:-1] if str(tmp_path) in line]
+    changes = [line for line in lines if not line.startswith("openat") or "O_CREAT" in line]
+    counted = Counter(line.split("(")[0] for line in changes)
+    seen = Counter(done.stdout.split())
+    assert counted["openat"] == seen["create"] > 0
+    assert counted["write"] == seen["write"] > 0
+    assert counted["fsync"] == seen["fsync"] + seen["sync"] > 0
+    assert sum(counted[name] for name in ("rename", "renameat", "renameat2")) == seen["rename"] > 0
+    assert counted["mkdir"] == seen["mkdir"] > 0
+    assert (
+        sum(counted[name] for name in ("unlink", "unlinkat", "rmdir")) == seen["unlink"] + seen["rmdir"] > 0
+    )
 
 
 # -- replacing best/ and final_model/ ---------------------------------------------------------------------------------

@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import stat
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import torch
@@ -271,6 +273,34 @@ def test_removing_never_follows_a_link(folder: Path, tmp_path: Path) -> None:
     CheckpointStore(folder)
     assert steps(folder) == []
     assert (outside / "mine").read_text() == "mine"
+
+
+def test_a_file_system_that_cannot_sync_folders_is_used_all_the_same(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.fsync
+
+    def refuse_folders(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse_folders)
+    assert good_steps(CheckpointStore(save(CheckpointStore(folder), 1).path.parent)) == [1]
+
+
+def test_short_writes_are_continued(tmp_path: Path) -> None:
+    class Short:
+        """A file that takes three bytes at a time, as a disk that fills up or a signal may make it."""
+
+        def __init__(self, file: BinaryIO) -> None:
+            self.write = lambda data: file.write(data[:3])
+            self.fileno, self.close = file.fileno, file.close
+
+    with files.DurableFile(tmp_path / "x") as file:
+        file._file = Short(file._file)  # type: ignore[assignment]
+        file.write(bytes(range(256)))
+    assert (tmp_path / "x").read_bytes() == bytes(range(256))
 
 
 # -- what is shown ----------------------------------------------------------------------------------------------------

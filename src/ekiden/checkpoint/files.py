@@ -28,6 +28,7 @@ Operations: create, write, fsync (a file), mkdir, rename, exchange, sync (a fold
 read.
 """
 
+_UNSUPPORTED = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)
 _REASONS = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
@@ -119,17 +120,20 @@ def exchange(first: Path, second: Path) -> bool:
     if _renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0:
         return True
     number = ctypes.get_errno()
-    if number in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM):
+    if number in (*_UNSUPPORTED, errno.EPERM):
         return False
     raise OSError(number, os.strerror(number), str(first))
 
 
 def sync_folder(path: Path) -> None:
-    """Make the names in `path` durable."""
+    """Make the names in `path` durable, as far as its file system can (some network and FUSE mounts cannot)."""
     _about_to("sync", path)
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
     finally:
         os.close(descriptor)
 
