@@ -48,6 +48,16 @@ def raising(error: str) -> Callable[[], None]:
     return act
 
 
+def full_while(path: Path, operation: str = "write") -> Callable[[str, Path], None]:
+    """Return a hook for a disk that is full as long as `path` stands."""
+
+    def hook(seen: str, _path: Path) -> None:
+        if seen == operation and path.exists():
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    return hook
+
+
 @contextmanager
 def injected(hook: Callable[[str, Path], None]) -> Iterator[None]:
     """Let `hook` see every file operation inside the block."""

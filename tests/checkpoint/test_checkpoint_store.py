@@ -1,4 +1,4 @@
-"""Retention, full disks, listing, replacing, and saving beside training."""
+"""Retention, full disks, listing and replacing."""
 
 from __future__ import annotations
 
@@ -6,18 +6,14 @@ import errno
 import hashlib
 import os
 import stat
-import subprocess
-import sys
-import threading
 from pathlib import Path
 from typing import BinaryIO
 
 import pytest
 import torch
-from checkpoint_faults import content_step, folder_step, good_steps, injected, save, writer_of
+from checkpoint_faults import content_step, folder_step, full_while, good_steps, injected, save, writer_of
 
 from ekiden.checkpoint import files
-from ekiden.checkpoint.background import BackgroundSaver
 from ekiden.checkpoint.store import (
     CheckpointError,
     CheckpointStore,
@@ -170,16 +166,6 @@ def test_an_error_of_the_callback_leaves_nothing(folder: Path) -> None:
 
 
 # -- disks ------------------------------------------------------------------------------------------------------------
-
-
-def full_while(path: Path, operation: str = "write") -> object:
-    """Return a hook for a disk that is full as long as `path` stands."""
-
-    def hook(seen: str, _path: Path) -> None:
-        if seen == operation and path.exists():
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-    return hook
 
 
 def test_a_full_disk_costs_the_oldest_where_newer_ones_stay(
@@ -363,60 +349,3 @@ def test_write_atomic_keeps_the_old_file_when_it_fails(tmp_path: Path) -> None:
         assert path.read_bytes() == b"old" and steps(tmp_path) == ["result.json"]
     files.write_atomic(path, b"new")
     assert path.read_bytes() == b"new"
-
-
-# -- beside training --------------------------------------------------------------------------------------------------
-
-
-def test_a_save_in_the_background_is_the_same_save(folder: Path) -> None:
-    store, saver = CheckpointStore(folder), BackgroundSaver()
-    saver.submit(lambda: save(store, 1))
-    saver.submit(lambda: save(store, 2))
-    saver.wait()
-    assert not saver.busy and saver.failures() == []
-    assert good_steps(store) == [2, 1]
-
-
-def test_at_most_one_save_is_in_flight() -> None:
-    saver, release, running, most = BackgroundSaver(), threading.Event(), [], []
-
-    def work() -> None:
-        running.append(1)
-        most.append(len(running))
-        release.wait()
-        running.pop()
-
-    saver.submit(work)
-    assert saver.busy
-    submitter = threading.Thread(target=saver.submit, args=(work,))
-    submitter.start()
-    assert most == [1] or not most, "the second one waits for the first"
-    release.set()
-    submitter.join()
-    saver.wait()
-    assert most == [1, 1]
-
-
-def test_a_failed_save_is_reported_once_and_the_next_one_runs(folder: Path) -> None:
-    store, saver = CheckpointStore(folder), BackgroundSaver()
-    with injected(full_while(folder)):
-        saver.submit(lambda: save(store, 1))
-        saver.wait()
-    saver.submit(lambda: save(store, 2))
-    saver.wait()
-    (failure,) = saver.failures()
-    assert isinstance(failure, CheckpointError) and str(failure) == "step 1: the disk is full"
-    assert saver.failures() == []
-    assert good_steps(store) == [2]
-
-
-def test_a_process_does_not_wait_for_a_save_unless_it_asks() -> None:
-    program = (
-        "import sys, threading\n"
-        "from ekiden.checkpoint.background import BackgroundSaver\n"
-        "saver = BackgroundSaver()\n"
-        "saver.submit(lambda: threading.Event().wait())\n"
-        "assert saver.busy\n"
-    )
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=120, env=environment)

@@ -96,7 +96,11 @@ class Manifest:
 
 
 class Hashes:
-    """Both hashes of a stream of bytes (xxh3: 20 GB/s on one core, sha256: 1.8 GB/s)."""
+    """Both hashes of a stream of bytes.
+
+    Measured on one core: xxh3 6 to 20 GB/s, SHA-256 1.8 GB/s with the processor's SHA instructions and 0.25 without;
+    so only a save computes SHA-256, beside training, and a load verifies by xxh3 and size.
+    """
 
     def __init__(self, identity: bool = True) -> None:
         self.bytes = 0
