@@ -121,7 +121,7 @@ class TrainConfig:
     """Steps between two records in history.jsonl."""
     eval_steps: int = 250
     """Steps between two evaluations of the test split; 0: only at the end."""
-    eval_tokens: int = 100_000
+    eval_tokens: int = 20_000
     """Tokens of each language's test split evaluated in a run; 0: all of them."""
     sample_steps: int = 0
     """Steps between two sets of sample texts; 0: only at the end."""

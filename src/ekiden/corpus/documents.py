@@ -7,6 +7,7 @@ length of a file or of a line.
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -79,7 +80,11 @@ def checked(text: Any) -> str:
 
 
 def read_documents(
-    file: SourceFile, ledger: Ledger, start: int = 0, end: int | None = None, txt_documents: str = "blank-line"
+    file: SourceFile,
+    ledger: Ledger,
+    start: int = 0,
+    end: int | None = None,
+    txt_documents: str = "blank-line",
 ) -> Iterator[str]:
     """Yield the texts of the records that begin in [start, end) of `file`, and count every record in `ledger`.
 
@@ -157,24 +162,11 @@ def _compressed(file: SourceFile, ledger: Ledger) -> Iterator[str]:
 
     before = ledger.read
     try:
-        opened: Any = isal.igzip.open(file.path, "rb") if file.format.endswith(".gz") else zstandard.open(file.path, "rb")
-        with opened as raw:
-            yield from _jsonl(file.path, raw if hasattr(raw, "readline") else _Lines(raw), ledger, None, True)
+        opener: Any = isal.igzip.open if file.format.endswith(".gz") else zstandard.open
+        with io.BufferedReader(opener(file.path, "rb"), 1 << 20) as lines:
+            yield from _jsonl(file.path, lines, ledger, None, number_records=True)
     except (OSError, EOFError, zstandard.ZstdError, ValueError):
         ledger.reject("damaged compressed file", file.path, ledger.read - before + 1)
-
-
-class _Lines:
-    """`readline` for a decompressor that only reads."""
-
-    def __init__(self, raw: Any) -> None:
-        import io
-
-        self._buffered = io.BufferedReader(raw, 1 << 20)
-
-    def readline(self, size: int = -1) -> bytes:
-        """Return a line of at most `size` bytes."""
-        return self._buffered.readline(size)
 
 
 def _whole_file(file: SourceFile, ledger: Ledger) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 EXAMPLES = 3
 """Places kept for each reason."""
@@ -45,11 +46,31 @@ class Ledger:
             mine = self.examples.setdefault(reason, [])
             mine += places[: EXAMPLES - len(mine)]
 
+    def as_dict(self) -> dict[str, Any]:
+        """Return the ledger as JSON values."""
+        return {
+            "read": self.read,
+            "kept": self.kept,
+            "rejected": dict(self.rejected),
+            "examples": self.examples,
+        }
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any]) -> Ledger:
+        """Return the ledger that `as_dict` wrote."""
+        examples = {
+            reason: [(file, offset) for file, offset in places]
+            for reason, places in value["examples"].items()
+        }
+        return cls(value["read"], value["kept"], Counter(value["rejected"]), examples)
+
     def describe(self) -> list[str]:
         """Return a line for each reason: count and where the first ones are, as file:line."""
         lines = []
         for reason, count in sorted(self.rejected.items()):
-            places = ", ".join(f"{file}:{line_number(file, offset)}" for file, offset in self.examples.get(reason, []))
+            places = ", ".join(
+                f"{file}:{line_number(file, offset)}" for file, offset in self.examples.get(reason, [])
+            )
             lines.append(f"{count:,} rejected: {reason} ({places})")
         return lines
 

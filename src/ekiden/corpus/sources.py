@@ -47,10 +47,14 @@ def discover(corpus: list[str], language: str | None = None) -> dict[str, list[S
     for argument in corpus:
         path = Path(argument)
         if not path.exists():
-            raise UserError(f"corpus {argument} does not exist; give a folder with a sub-folder a language, or files")
+            raise UserError(
+                f"corpus {argument} does not exist; give a folder with a sub-folder a language, or files"
+            )
         if path.is_file() or language:
             if not language:
-                raise UserError(f"corpus {argument} is a file and its language is not known; add --language NAME")
+                raise UserError(
+                    f"corpus {argument} is a file and its language is not known; add --language NAME"
+                )
             found.setdefault(language, []).extend(_files(path))
             continue
         loose = [child.name for child in sorted(path.iterdir()) if child.is_file() and file_format(child)]
@@ -65,7 +69,9 @@ def discover(corpus: list[str], language: str | None = None) -> dict[str, list[S
                 if files:
                     found.setdefault(child.name, []).extend(files)
     if not any(found.values()):
-        raise UserError(f"corpus {' '.join(corpus)} holds no {', '.join(FORMATS)} file; give a folder with text")
+        raise UserError(
+            f"corpus {' '.join(corpus)} holds no {', '.join(FORMATS)} file; give a folder with text"
+        )
     return dict(sorted(found.items()))
 
 

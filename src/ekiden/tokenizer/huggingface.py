@@ -62,8 +62,9 @@ def pipeline(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
 
     SentencePiece normalises, puts U+2581 for each space, and segments the whole text at once: no pre-tokenizer.
     """
-    from sentencepiece import sentencepiece_model_pb2 as proto
+    from sentencepiece import sentencepiece_model_pb2
 
+    proto: Any = sentencepiece_model_pb2  # its classes are made at run time
     model = proto.ModelProto()
     model.ParseFromString(tokenizer.files[SENTENCEPIECE_FILE])
     normal, prefix = model.normalizer_spec, model.normalizer_spec.add_dummy_prefix

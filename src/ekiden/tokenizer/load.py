@@ -79,10 +79,13 @@ class SentencePieceTokenizer(Tokenizer):
     def __init__(self, files: dict[str, bytes]) -> None:
         super().__init__(files)
         import sentencepiece
-        from sentencepiece import sentencepiece_model_pb2 as proto
+        from sentencepiece import sentencepiece_model_pb2
 
+        proto: Any = sentencepiece_model_pb2  # its classes are made at run time
         model = proto.ModelProto()
         model.ParseFromString(files[SENTENCEPIECE_FILE])
+        if not model.pieces:
+            raise ValueError("it has no pieces")
         self.processor = sentencepiece.SentencePieceProcessor(model_proto=files[SENTENCEPIECE_FILE])
         self.model_type = proto.TrainerSpec.ModelType.Name(model.trainer_spec.model_type).lower()
         self.vocab_size = self.processor.get_piece_size()
@@ -150,18 +153,30 @@ def load_tokenizer(path_or_id: str | Path) -> Tokenizer:
         return _open(SentencePieceTokenizer, {SENTENCEPIECE_FILE: path.read_bytes()}, path)
     if path.is_dir():
         return _from_folder(path)
-    if str(path_or_id).count("/") == 1 and not str(path_or_id).startswith(("/", ".")) and not path.parent.is_dir():
+    if (
+        str(path_or_id).count("/") == 1
+        and not str(path_or_id).startswith(("/", "."))
+        and not path.parent.is_dir()
+    ):
         return _from_folder(_download(str(path_or_id)))
-    raise UserError(f"tokenizer {path_or_id} does not exist; give a SentencePiece .model, a tokenizer folder or a hub id")
+    raise UserError(
+        f"tokenizer {path_or_id} does not exist; give a SentencePiece .model, a tokenizer folder or a hub id"
+    )
 
 
 def _from_folder(folder: Path) -> Tokenizer:
     if (folder / SENTENCEPIECE_FILE).is_file():
-        return _open(SentencePieceTokenizer, {SENTENCEPIECE_FILE: (folder / SENTENCEPIECE_FILE).read_bytes()}, folder)
+        return _open(
+            SentencePieceTokenizer, {SENTENCEPIECE_FILE: (folder / SENTENCEPIECE_FILE).read_bytes()}, folder
+        )
     if (folder / HUGGINGFACE_FILE).is_file():
-        found = {name: (folder / name).read_bytes() for name in _HUGGINGFACE_FILES if (folder / name).is_file()}
+        found = {
+            name: (folder / name).read_bytes() for name in _HUGGINGFACE_FILES if (folder / name).is_file()
+        }
         return _open(HuggingFaceTokenizer, found, folder)
-    raise UserError(f"{folder} holds neither {SENTENCEPIECE_FILE} nor {HUGGINGFACE_FILE}; give the folder of a tokenizer")
+    raise UserError(
+        f"{folder} holds neither {SENTENCEPIECE_FILE} nor {HUGGINGFACE_FILE}; give the folder of a tokenizer"
+    )
 
 
 def _open(kind: type[Tokenizer], files: dict[str, bytes], where: Path) -> Tokenizer:
@@ -179,7 +194,9 @@ def _download(repository: str) -> Path:
 
     try:
         return Path(
-            huggingface_hub.snapshot_download(repository, allow_patterns=[SENTENCEPIECE_FILE, *_HUGGINGFACE_FILES])
+            huggingface_hub.snapshot_download(
+                repository, allow_patterns=[SENTENCEPIECE_FILE, *_HUGGINGFACE_FILES]
+            )
         )
     except Exception as error:  # network, gated and missing repositories have a dozen exception types
         reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__

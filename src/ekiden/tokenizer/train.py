@@ -54,7 +54,10 @@ class TokenizerReport:
     languages: dict[str, LanguageReport] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        rows = [f"{self.path}: {self.vocab_size} pieces", f"{'language':<14}{'lines':>9}{'bytes/token':>13}{'covered':>9}  lossless"]
+        rows = [
+            f"{self.path}: {self.vocab_size} pieces",
+            f"{'language':<14}{'lines':>9}{'bytes/token':>13}{'covered':>9}  lossless",
+        ]
         rows += [
             f"{name:<14}{r.lines:>9,}{r.bytes_per_token:>13.2f}{r.covered:>9.2%}  {r.lossless} of {r.documents}"
             for name, r in self.languages.items()
@@ -248,4 +251,6 @@ def characters_with_pieces(tokenizer: Tokenizer, ids: list[int]) -> int:
     """Return the characters of a text that are in pieces, not spelt out in bytes or unknown."""
     assert isinstance(tokenizer, SentencePieceTokenizer)
     processor = tokenizer.processor
-    return sum(len(processor.id_to_piece(i)) for i in ids if not processor.is_byte(i) and i != tokenizer.unk_id)
+    return sum(
+        len(processor.id_to_piece(i)) for i in ids if not processor.is_byte(i) and i != tokenizer.unk_id
+    )

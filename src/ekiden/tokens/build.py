@@ -66,7 +66,10 @@ class Unit:
     @property
     def bytes(self) -> int:
         """Input bytes, about."""
-        return sum(p.file.size if is_compressed(p.file.path) else (p.end or p.file.size) - p.start for p in self.parts)
+        return sum(
+            p.file.size if is_compressed(p.file.path) else (p.end or p.file.size) - p.start
+            for p in self.parts
+        )
 
 
 @dataclass(frozen=True)
@@ -157,7 +160,9 @@ def cut(file: SourceFile) -> Iterator[Part]:
             yield Part(file, start, min(start + UNIT_BYTES, file.size))
 
 
-def keep_fraction(size: str | int | None, units: list[Unit], tokenizer: Tokenizer, txt_documents: str) -> float:
+def keep_fraction(
+    size: str | int | None, units: list[Unit], tokenizer: Tokenizer, txt_documents: str
+) -> float:
     """Return the share of documents that gives `size` tokens, from the input's bytes and a sample's tokens a byte."""
     if size is None:
         return 1.0
@@ -183,7 +188,8 @@ def test_splits(sources: dict[str, list[SourceFile]], asked: float) -> dict[str,
     """Return the share of each language's documents that is kept for evaluation, from the sizes of its files."""
     sizes = {language: max(1, sum(f.size for f in found)) for language, found in sources.items()}
     return {
-        language: max(asked, min(MAX_TEST_SPLIT, TEST_BYTES / size)) if asked else 0.0 for language, size in sizes.items()
+        language: max(asked, min(MAX_TEST_SPLIT, TEST_BYTES / size)) if asked else 0.0
+        for language, size in sizes.items()
     }
 
 
@@ -269,11 +275,13 @@ def build_units(
             for split in SPLITS:
                 documents += receipt[split]["documents"] if receipt[split] else 0
                 tokens += receipt[split]["tokens"] if receipt[split] else 0
-            progress.update(futures[future].bytes, documents=human_count(documents), tokens=human_count(tokens))
+            progress.update(
+                futures[future].bytes, documents=human_count(documents), tokens=human_count(tokens)
+            )
     except BrokenProcessPool:
         raise UserError(
-            "a worker process was killed (out of memory?); run the same command again with a lower --num-proc, finished "
-            "shards are kept"
+            "a worker process ended before its work was done (killed for memory?); run the same command again with a lower "
+            '--num-proc, finished shards are kept (a script of your own needs `if __name__ == "__main__":` around it)'
         ) from None
     finally:
         progress.close()
@@ -319,7 +327,9 @@ def build_unit(unit: Unit, tokenizer: Tokenizer, settings: Settings, folder: Pat
     """Turn one unit into its shards and return (and leave) its receipt. Runs in a worker process."""
     ledger = Ledger()
     dtype = token_dtype(tokenizer.vocab_size)
-    writers = {split: ShardWriter(folder / unit.language, f"{split}-{unit.number:05d}", dtype) for split in SPLITS}
+    writers = {
+        split: ShardWriter(folder / unit.language, f"{split}-{unit.number:05d}", dtype) for split in SPLITS
+    }
     before = np.array([] if tokenizer.bos_id is None else [tokenizer.bos_id], dtype=np.int64)
     after = np.array([] if tokenizer.eos_id is None else [tokenizer.eos_id], dtype=np.int64)
     for texts in batches_of(unit, ledger, settings):
@@ -327,7 +337,7 @@ def build_unit(unit: Unit, tokenizer: Tokenizer, settings: Settings, folder: Pat
             writers[split].add(np.concatenate([before, ids, after]), len(text.encode()))
     shards = {split: writer.finish() for split, writer in writers.items()}
     receipt: dict[str, Any] = {split: asdict(shard) if shard else None for split, shard in shards.items()}
-    receipt["ledger"] = asdict(ledger)
+    receipt["ledger"] = ledger.as_dict()
     files.write_atomic(folder / RECEIPTS / unit.name, json.dumps(receipt).encode())
     return receipt
 
@@ -355,7 +365,9 @@ def batches_of(unit: Unit, ledger: Ledger, settings: Settings) -> Iterator[list[
         yield batch
 
 
-def finish(units: list[Unit], tokenizer: Tokenizer, settings: Settings, folder: Path, fingerprint: str) -> TokenDataset:
+def finish(
+    units: list[Unit], tokenizer: Tokenizer, settings: Settings, folder: Path, fingerprint: str
+) -> TokenDataset:
     """Write `dataset.json` from the receipts, say what was rejected, and return the opened shards.
 
     Raises:
@@ -369,25 +381,20 @@ def finish(units: list[Unit], tokenizer: Tokenizer, settings: Settings, folder: 
         for split in SPLITS:
             if receipt[split]:
                 splits[split].add(Shard(**receipt[split]))
-        ledger = ledger_from(receipt["ledger"])
-        ledgers.setdefault(unit.language, Ledger()).add(ledger)
+        ledgers.setdefault(unit.language, Ledger()).add(Ledger.from_dict(receipt["ledger"]))
     if not any(split.documents for splits in languages.values() for split in splits.values()):
         reasons = [line for ledger in ledgers.values() for line in ledger.describe()]
-        raise UserError(f"the corpus holds no document ({'; '.join(reasons) or 'empty files'}); look at the first examples")
+        raise UserError(
+            f"the corpus holds no document ({'; '.join(reasons) or 'empty files'}); look at the first examples"
+        )
     for language, ledger in ledgers.items():
         for line in ledger.describe():
             say(f"{language}: {line}")
     tokenizer.save(folder / "tokenizer")
     rejected = {language: dict(sorted(ledger.rejected.items())) for language, ledger in ledgers.items()}
-    facts = asdict(settings) | {"records_read": {language: ledger.read for language, ledger in ledgers.items()}}
+    facts = asdict(settings) | {
+        "records_read": {language: ledger.read for language, ledger in ledgers.items()}
+    }
     files.write_atomic(folder / "dataset.json", dump_description(languages, rejected, tokenizer, **facts))
     shutil.rmtree(folder / RECEIPTS, ignore_errors=True)
     return TokenDataset.open(folder)
-
-
-def ledger_from(value: dict[str, Any]) -> Ledger:
-    """Return the ledger that a receipt holds."""
-    ledger = Ledger(value["read"], value["kept"])
-    ledger.rejected.update(value["rejected"])
-    ledger.examples = {reason: [(file, offset) for file, offset in places] for reason, places in value["examples"].items()}
-    return ledger

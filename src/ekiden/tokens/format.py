@@ -97,7 +97,9 @@ class TokenStream:
         """
         for index, shard in enumerate(self._shards):
             if number < shard.documents:
-                offsets = np.fromfile(self._folder / f"{shard.name}.idx", dtype="<u8", count=2, offset=8 * number)
+                offsets = np.fromfile(
+                    self._folder / f"{shard.name}.idx", dtype="<u8", count=2, offset=8 * number
+                )
                 return np.array(self._map(index)[offsets[0] : offsets[1]], dtype=np.int64)
             number -= shard.documents
         raise IndexError(number)
@@ -138,15 +140,22 @@ class TokenDataset:
             dataset = cls(path, description)
         except FileNotFoundError:
             what = "is not a folder" if not path.is_dir() else "holds no dataset.json (an unfinished build?)"
-            raise UserError(f"--dataset-path {path} {what}; give the --output-dir of `ekiden preprocess`") from None
+            raise UserError(
+                f"--dataset-path {path} {what}; give the --output-dir of `ekiden preprocess`"
+            ) from None
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}/dataset.json is damaged ({type(error).__name__}: {error}); preprocess again") from None
+            raise UserError(
+                f"{path}/dataset.json is damaged ({type(error).__name__}: {error}); preprocess again"
+            ) from None
         dataset._check_sizes()
         return dataset
 
     def _check_sizes(self) -> None:
         for folder, shard in self._all_shards():
-            for suffix, size in ((".bin", shard.tokens * self.dtype.itemsize), (".idx", 8 * (shard.documents + 1))):
+            for suffix, size in (
+                (".bin", shard.tokens * self.dtype.itemsize),
+                (".idx", 8 * (shard.documents + 1)),
+            ):
                 file = folder / (shard.name + suffix)
                 found = file.stat().st_size if file.is_file() else None
                 if found != size:
@@ -170,7 +179,9 @@ class TokenDataset:
         for folder, shard in self._all_shards():
             for suffix, expected in ((".bin", shard.bin_xxh3), (".idx", shard.idx_xxh3)):
                 if hash_file(folder / (shard.name + suffix)) != expected:
-                    raise UserError(f"{folder / (shard.name + suffix)} is damaged; preprocess again, or copy the folder again")
+                    raise UserError(
+                        f"{folder / (shard.name + suffix)} is damaged; preprocess again, or copy the folder again"
+                    )
 
     @property
     def languages(self) -> list[str]:
@@ -209,7 +220,10 @@ class TokenDataset:
 
 
 def dump_description(
-    languages: dict[str, dict[str, Split]], rejected: dict[str, dict[str, int]], tokenizer: Tokenizer, **facts: Any
+    languages: dict[str, dict[str, Split]],
+    rejected: dict[str, dict[str, int]],
+    tokenizer: Tokenizer,
+    **facts: Any,
 ) -> bytes:
     """Return the bytes of `dataset.json`."""
     value = {
@@ -219,7 +233,8 @@ def dump_description(
         "tokenizer_sha256": tokenizer.sha256,
         **facts,
         "languages": {
-            language: {name: asdict(split) for name, split in splits.items()} for language, splits in languages.items()
+            language: {name: asdict(split) for name, split in splits.items()}
+            for language, splits in languages.items()
         },
         "rejected": rejected,
     }

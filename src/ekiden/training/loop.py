@@ -116,6 +116,7 @@ class Trainer:
             raise
         finally:
             self.saver.wait()
+            self.batches.close()
             self.history.close()
             if self.tracker:
                 self.tracker.close()
@@ -258,6 +259,7 @@ class Trainer:
     def _roll_back(self, first_bad: int, count: int) -> None:
         """Go back to the newest good checkpoint (or the start) and leave out the batches that failed."""
         self.saver.wait()
+        self.batches.close()
         before = self.counters
         self.start = prepare(self.config, self.directory)
         self.state, self.store, self.batches = self.start.state, self.start.store, self.start.batches
@@ -324,6 +326,7 @@ class Trainer:
             tokens_per_language=tokens_per_language or None,
             batch_size=counters.microbatch,
             precision=self.start.precision,
+            chunk_rows=self.config.loss_chunk_size,
         )
         record = self.history.add("eval", counters.step, **result)
         if self.tracker:

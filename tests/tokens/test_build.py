@@ -1,0 +1,228 @@
+"""preprocess: the same bytes whatever the workers and the kills; every document's ids are the tokenizer's."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ekiden.checkpoint import files
+from ekiden.errors import UsageError, UserError
+from ekiden.tokenizer.load import load_tokenizer
+from ekiden.tokens import build
+from ekiden.tokens.build import plan_units, preprocess
+from ekiden.tokens.format import TokenDataset
+
+
+@pytest.fixture(autouse=True)
+def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "UNIT_BYTES", 4000)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def make(corpus: Path, tokenizer: Path, out: Path, **options: object) -> TokenDataset:
+    return preprocess(
+        [str(corpus)], str(tokenizer), str(out), **{"test_split": 0.1, "num_proc": 1, **options}
+    )
+
+
+def test_any_number_of_workers_writes_the_same_bytes(
+    language_folder: Path, tiny_tokenizer_path: Path, tmp_path: Path
+) -> None:
+    for workers in (1, 2, 4):
+        make(language_folder, tiny_tokenizer_path, tmp_path / str(workers), num_proc=workers)
+    assert len(list((tmp_path / "1" / "hindi").glob("train-*.bin"))) > 1
+    assert contents(tmp_path / "1") == contents(tmp_path / "2") == contents(tmp_path / "4")
+
+
+def test_every_document_is_there_with_the_tokenizers_ids(
+    language_folder: Path, tiny_tokenizer_path: Path, tmp_path: Path
+) -> None:
+    dataset = make(language_folder, tiny_tokenizer_path, tmp_path / "out")
+    dataset.verify()
+    tokenizer = load_tokenizer(tiny_tokenizer_path)
+    for language in dataset.languages:
+        lines = (language_folder / language / "text.jsonl").read_text(encoding="utf-8").splitlines()
+        expected = {(2, *tokenizer.encode(json.loads(line)["text"]), 1) for line in lines}
+        found = set()
+        for split in ("train", "test"):
+            stream = dataset.split(language, split)
+            found |= {tuple(stream.document(i).tolist()) for i in range(stream.documents)}
+            assert sum(len(stream.document(i)) for i in range(stream.documents)) == stream.tokens
+            assert stream.documents > 0
+        assert found == expected
+    assert dataset.dtype.itemsize == 2
+    assert dataset.tokenizer().sha256 == tokenizer.sha256 == dataset.tokenizer_sha256
+
+
+def test_reading_goes_round_and_over_shard_borders(
+    language_folder: Path, tiny_tokenizer_path: Path, tmp_path: Path
+) -> None:
+    stream = make(language_folder, tiny_tokenizer_path, tmp_path / "out").split("english", "train")
+    whole = stream.read(0, stream.tokens).tolist()
+    assert stream.read(stream.tokens - 3, 10).tolist() == whole[-3:] + whole[:7]
+    assert stream.read(5, 2 * stream.tokens).tolist() == (whole * 3)[5 : 5 + 2 * stream.tokens]
+
+
+def test_the_split_depends_on_the_documents_alone(
+    language_folder: Path, tiny_tokenizer_path: Path, tmp_path: Path
+) -> None:
+    turned = tmp_path / "turned" / "english"
+    turned.mkdir(parents=True)
+    lines = (language_folder / "english" / "text.jsonl").read_text(encoding="utf-8").splitlines()
+    (turned / "a.jsonl").write_text("\n".join(reversed(lines)) + "\n", encoding="utf-8")
+    one = make(language_folder, tiny_tokenizer_path, tmp_path / "one").split("english", "test")
+    two = make(turned.parent, tiny_tokenizer_path, tmp_path / "two").split("english", "test")
+    assert {one.document(i).tobytes() for i in range(one.documents)} == {
+        two.document(i).tobytes() for i in range(two.documents)
+    }
+
+
+def test_a_killed_build_goes_on_and_ends_with_the_same_bytes(
+    language_folder: Path, tiny_tokenizer_path: Path, tmp_path: Path
+) -> None:
+    make(language_folder, tiny_tokenizer_path, tmp_path / "whole")
+    script = (
+        "import sys, time\n"
+        "from ekiden.tokens import build\n"
+        "build.UNIT_BYTES = 4000\n"
+        "if __name__ == '__main__':\n"
+        "    from concurrent.futures import ThreadPoolExecutor\n"
+        "    real = build.build_unit\n"
+        "    def slow(*a):\n"
+        "        time.sleep(0.1)\n"
+        "        return real(*a)\n"
+        "    build.build_unit = slow\n"
+        "    build.preprocess([sys.argv[1]], sys.argv[2], sys.argv[3], test_split=0.1, executor=ThreadPoolExecutor(1))\n"
+    )
+    (tmp_path / "build.py").write_text(script)
+    out = tmp_path / "killed"
+    command = [sys.executable, tmp_path / "build.py", language_folder, tiny_tokenizer_path, out]
+    process = subprocess.Popen([str(part) for part in command], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while not (out / build.RECEIPTS).is_dir() or len(list((out / build.RECEIPTS).iterdir())) < 2:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    with pytest.raises(UserError, match="unfinished build"):
+        TokenDataset.open(out)
+    done = len(list((out / build.RECEIPTS).iterdir()))
+    assert done >= 2
+    make(language_folder, tiny_tokenizer_path, out)
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_every_record_is_accounted_for(tiny_tokenizer_path: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "corpus" / "english"
+    folder.mkdir(parents=True)
+    lines = [b'{"text": "good"}', b"bad", b"", b'{"text": null}', b'{"text": "\xff"}'] * 50
+    (folder / "a.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+    dataset = make(tmp_path / "corpus", tiny_tokenizer_path, tmp_path / "out")
+    kept = sum(dataset.split("english", split).documents for split in ("train", "test"))
+    assert kept == 50
+    assert dataset.rejected["english"] == {
+        "blank line": 50,
+        "invalid JSON": 50,
+        "invalid UTF-8": 50,
+        "text is null": 50,
+    }
+    assert dataset.description["records_read"]["english"] == 250
+    assert "rejected: 50 (invalid JSON)" in dataset.describe()
+
+
+def test_a_sample_is_of_the_whole_corpus(
+    language_folder: Path, tiny_tokenizer_path: Path, tmp_path: Path
+) -> None:
+    whole = make(language_folder, tiny_tokenizer_path, tmp_path / "whole")
+    half = sum(split.tokens for splits in whole.splits.values() for split in splits.values()) // 2
+    dataset = make(language_folder, tiny_tokenizer_path, tmp_path / "out", dataset_size=half)
+    assert 0.3 < dataset.description["keep_fraction"] < 0.7
+    for language in dataset.languages:
+        kept = sum(split.documents for split in dataset.splits[language].values())
+        assert 10 < kept < 50
+    with pytest.raises(UsageError, match="--dataset-size"):
+        make(language_folder, tiny_tokenizer_path, tmp_path / "x", dataset_size="lots")
+
+
+def test_a_finished_build_is_kept_and_another_is_refused(
+    language_folder: Path, tiny_tokenizer_path: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    make(language_folder, tiny_tokenizer_path, out)
+    before = contents(out)
+    make(language_folder, tiny_tokenizer_path, out)
+    assert contents(out) == before
+    with pytest.raises(UserError, match="another corpus, tokenizer or setting"):
+        make(language_folder, tiny_tokenizer_path, out, test_split=0.2)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    with pytest.raises(UserError, match="is not empty"):
+        make(language_folder, tiny_tokenizer_path, tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_no_dataset(
+    language_folder: Path, tiny_tokenizer_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(operation: str, path: Path) -> None:
+        if operation == "write" and path.name.startswith(".dataset.json"):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files, "fault_hook", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        make(language_folder, tiny_tokenizer_path, tmp_path / "out")
+    assert not (tmp_path / "out" / "dataset.json").exists()
+    monkeypatch.setattr(files, "fault_hook", None)
+    make(language_folder, tiny_tokenizer_path, tmp_path / "out").verify()
+
+
+def test_a_corpus_without_documents_is_one_sentence(tiny_tokenizer_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "corpus" / "x").mkdir(parents=True)
+    (tmp_path / "corpus" / "x" / "a.jsonl").write_text("\n\n")
+    with pytest.raises(UserError, match="holds no document"):
+        make(tmp_path / "corpus", tiny_tokenizer_path, tmp_path / "out")
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing", "bits", "json", "version"])
+def test_damaged_shards_are_refused_by_name(
+    language_folder: Path, tiny_tokenizer_path: Path, tmp_path: Path, damage: str
+) -> None:
+    out = tmp_path / "out"
+    dataset = make(language_folder, tiny_tokenizer_path, out)
+    shard, description = out / "hindi" / "train-00000.bin", out / "dataset.json"
+    data = shard.read_bytes()
+    if damage == "cut":
+        shard.write_bytes(data[:-1])
+    elif damage == "missing":
+        shard.unlink()
+    elif damage == "bits":
+        shard.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+        with pytest.raises(UserError, match=r"train-00000\.bin is damaged"):
+            dataset.verify()
+        return
+    elif damage == "json":
+        description.write_bytes(description.read_bytes()[:-10])
+    else:
+        description.write_text(description.read_text().replace('"version": 1', '"version": 99'))
+    with pytest.raises(UserError, match=r"train-00000\.bin|dataset\.json"):
+        TokenDataset.open(out)
+
+
+def test_units_are_cut_by_sizes_alone(language_folder: Path) -> None:
+    from ekiden.corpus.sources import discover
+
+    units = plan_units(discover([str(language_folder)]))
+    assert [(u.language, u.number) for u in units] == sorted((u.language, u.number) for u in units)
+    for language in ("english", "hindi"):
+        parts = [p for u in units if u.language == language for p in u.parts]
+        assert parts[0].start == 0 and parts[-1].end == parts[-1].file.size
+        assert all(a.end == b.start for a, b in zip(parts, parts[1:]))
