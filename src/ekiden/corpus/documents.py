@@ -131,13 +131,11 @@ def _jsonl(
 ) -> Iterator[str]:
     """Yield the texts of the lines that begin before `end`; examples are byte offsets, or line numbers."""
     offset = 0 if number_records else data.tell()
-    number = 0
     if end is not None and offset >= end:
         return
-    for line, size in _lines(data):
-        number += 1
+    for number, (line, size) in enumerate(_lines(data), start=1):
         place = number if number_records else offset
-        if line is not None and place == number_records:
+        if line is not None and number == 1 and offset == 0:
             line = line.removeprefix(_BOM)
         try:
             if line is None:
