@@ -200,6 +200,21 @@ def test_the_last_good_checkpoint_is_never_given_up(folder: Path) -> None:
     assert good_steps(store) == [1]
 
 
+def test_a_checkpoint_that_may_not_be_durable_costs_no_older_one(folder: Path) -> None:
+    store = CheckpointStore(folder)
+    save(store, 1)
+
+    def full(operation: str, path: Path) -> None:
+        if operation == "sync" and path == folder and (folder / "step-00000002").exists():
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    for _again in range(2):  # the second time it stands there already, whole, but still not durable
+        with injected(full), pytest.raises(CheckpointError, match="step 2: the disk is full"):
+            save(store, 2)
+        assert good_steps(store) == [2, 1]
+    assert save(store, 2).step == 2
+
+
 def test_too_little_space_is_said_before_anything_is_written(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
