@@ -38,7 +38,7 @@ def measure(kind: str, vocab: int, tokens: int, width: int, dtype: torch.dtype) 
     loss.backward()
     seconds = time.perf_counter() - began
     gradients = sum(t.grad.numel() * t.grad.element_size() for t in (hidden, weight) if t.grad is not None)
-    return {"peak_bytes": peak_bytes() - before - gradients, "seconds": seconds, "loss": float(loss)}
+    return {"peak_bytes": peak_bytes() - before - gradients, "seconds": seconds, "loss": loss.item()}
 
 
 def plain_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
