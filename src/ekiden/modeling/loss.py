@@ -15,8 +15,8 @@ import torch
 
 IGNORE = -100
 LOGIT_BYTES = 256 << 20
-"""fp32 logits of a chunk at most. Fewer rows make the products slow (CPU, V 262144: twice the time at a quarter of
-it), more cost memory: this is 6 % of the whole at 4,096 tokens."""
+"""fp32 logits of a chunk at most. Fewer rows make the products slow, more cost memory (CPU, V 262144, 4,096 tokens:
+271 MB and 11 s, against 12.6 GB and 17 s for plain cross-entropy; twice the time at a quarter of these bytes)."""
 MIN_ROWS = 64
 """Rows a chunk at least: with fewer, each product is a walk through the whole head for little arithmetic."""
 
