@@ -129,6 +129,7 @@ def hidden_states(model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
     """Return the parameters in blocks (and norms, positions), and in the tied embedding."""
-    total = sum(p.numel() for p in model.parameters())
-    embedding = head_weight(model).numel()
-    return total - embedding, embedding
+    head, embedding = head_weight(model), model.get_input_embeddings().weight  # type: ignore[operator]
+    # Both, since on the meta device transformers 5.0 leaves them untied.
+    blocks = sum(p.numel() for p in model.parameters() if p is not head and p is not embedding)
+    return blocks, head.numel()
