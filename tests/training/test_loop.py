@@ -300,3 +300,20 @@ def test_a_second_signal_ends_at_once_and_costs_nothing(settings: Settings, tmp_
     assert process.wait(60) in (128 + signal.SIGINT, 128 + signal.SIGTERM, 0)
     config.max_steps = max(int(p.name[5:]) for p in checkpoints.glob("step-*")) + 3
     assert train(config).status == "completed"
+
+
+def test_a_branch_from_an_older_checkpoint_needs_a_folder_of_its_own(settings: Settings, tmp_path: Path) -> None:
+    train(settings(6))
+    older = tmp_path / "run" / "checkpoints" / "step-00000003"
+    assert train(settings(6, resume_from=older)).step == 6
+    assert sum(e["event"] == "rollback" for e in events(tmp_path / "run")) == 0
+    branch = settings(6, resume_from=older, output_dir=tmp_path / "branch", save_steps=2)
+    assert train(branch).status == "completed"
+    assert [r["step"] for r in read_history(tmp_path / "branch" / "history.jsonl") if r["kind"] == "train"] == [4, 5, 6]
+    assert outcome(tmp_path / "branch").weights == outcome(tmp_path / "run").weights
+    branch.max_steps = 8
+    train(branch)
+    resumes = [e["step"] for e in events(tmp_path / "branch") if e["event"] == "resume"]
+    assert resumes == [3, 6]
+    with pytest.raises(UserError, match="--resume-from"):
+        train(settings(6, resume_from=tmp_path / "nothing"))

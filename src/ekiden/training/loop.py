@@ -91,6 +91,7 @@ class Trainer:
             self.counters.wandb_run_id = self.tracker.run_id
         self.saved_step = self.start.resumed_from.step if self.start.resumed_from else -1
         self.step_seconds = 0.0
+        self.last_loss: float | None = None
         self.verified_resume = self.start.resumed_from is None
         run.write_config(config)
 
@@ -280,7 +281,7 @@ class Trainer:
     def _log(self, figures: StepFigures, tokens_per_second: float) -> dict[str, object]:
         """Write the training record of this step; return the figures to show."""
         counters = self.counters
-        loss = float(figures.loss)
+        loss = self.last_loss = float(figures.loss)
         record = self.history.add(
             "train",
             counters.step,
@@ -333,7 +334,7 @@ class Trainer:
             self.tracker.log(record)
         say(f"step {counters.step} evaluation\n{format_evaluation(result)}")
         loss = result["macro"]["loss"] if result["macro"] else None
-        if loss is not None and (counters.best_loss is None or loss < counters.best_loss):
+        if loss is not None and math.isfinite(loss) and (counters.best_loss is None or loss < counters.best_loss):
             counters.best_loss = loss
             self._write_model(self.directory.best, loss)
         return result
@@ -374,6 +375,7 @@ class Trainer:
 
     def _saving(self, snapshot: Snapshot) -> Callable[[], None]:
         """Return the work of writing `snapshot`, to be done in the background."""
+        loss = self.last_loss
 
         def write(writer: CheckpointWriter) -> None:
             for name, content in self.folder_files.items():
@@ -382,7 +384,10 @@ class Trainer:
 
         def save() -> None:
             began = time.perf_counter()
-            self.store.save(snapshot.step, write, {"tokens": snapshot.trainer["counters"]["tokens"]})
+            facts = {"tokens": snapshot.trainer["counters"]["tokens"]}
+            if loss is not None and math.isfinite(loss):
+                facts["loss"] = loss
+            self.store.save(snapshot.step, write, facts)
             self.counters.save_seconds = max(self.counters.save_seconds, time.perf_counter() - began)
 
         return save

@@ -17,7 +17,7 @@ import torch
 import transformers
 
 import ekiden
-from ekiden.checkpoint.store import Checkpoint, CheckpointStore
+from ekiden.checkpoint.store import Checkpoint, CheckpointStore, recover_folder
 from ekiden.config import TrainConfig, parse_bytes
 from ekiden.errors import UserError
 from ekiden.modeling.build import body, build_model, parameter_counts
@@ -63,6 +63,8 @@ def prepare(config: TrainConfig, run: RunDirectory) -> Start:
     precision = select_precision(device, config.precision)
     dataset = TokenDataset.open(config.dataset_path)
     tokenizer = dataset.tokenizer()
+    for folder in (run.best, run.final_model):
+        recover_folder(folder)
     store = CheckpointStore(
         run.checkpoints, config.max_checkpoints, parse_bytes(config.checkpoint_budget, "--checkpoint-budget")
     )
@@ -111,19 +113,25 @@ def prepare(config: TrainConfig, run: RunDirectory) -> Start:
 
 
 def find_checkpoint(config: TrainConfig, store: CheckpointStore) -> Checkpoint | None:
-    """Return the checkpoint to go on from: the one asked for, else the newest good one, else None.
+    """Return the checkpoint to go on from: the newest good one of this run, else the one asked for, else None.
+
+    A run that began with `--resume-from` goes on from its own checkpoints when the same command is given again.
 
     Raises:
         UserError: the one asked for is missing or damaged; or some exist and none is good.
     """
+    own = store.newest()
     if config.resume_from == "auto":
-        return store.newest()
+        return own
     path = Path(config.resume_from)
     if not path.is_dir():
-        raise UserError(
-            f"--resume-from {path} is not a checkpoint folder; give RUN/checkpoints/step-N, or auto"
-        )
-    return Checkpoint.open(path)
+        raise UserError(f"--resume-from {path} is not a checkpoint folder; give RUN/checkpoints/step-N, or auto")
+    asked = Checkpoint.open(path)
+    if own is None or own.step < asked.step:
+        return asked
+    if own.path.resolve() != asked.path.resolve():
+        say(f"going on from {own.path.name} of this run; give another --output-dir to branch off at {asked.path.name}")
+    return own
 
 
 def fresh_mixture(config: TrainConfig, dataset: TokenDataset, global_batch: int) -> Mixture:
