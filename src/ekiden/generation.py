@@ -276,7 +276,7 @@ def choose(
         logits.device
     )
     points = (draws * totals.gather(1, last).double()).long()
-    picked = torch.minimum((totals < points).sum(dim=-1, keepdim=True), last)
+    picked = torch.minimum((totals <= points).sum(dim=-1, keepdim=True), last)
     return tokens.gather(1, picked).squeeze(1).tolist()
 
 
