@@ -226,3 +226,48 @@ def test_units_are_cut_by_sizes_alone(language_folder: Path) -> None:
         parts = [p for u in units if u.language == language for p in u.parts]
         assert parts[0].start == 0 and parts[-1].end == parts[-1].file.size
         assert all(a.end == b.start for a, b in zip(parts, parts[1:]))
+
+
+def test_the_workers_of_a_killed_build_end_with_it(
+    language_folder: Path, tiny_tokenizer_path: Path, tmp_path: Path
+) -> None:
+    make(language_folder, tiny_tokenizer_path, tmp_path / "whole")
+    out, script = tmp_path / "killed", tmp_path / "build.py"
+    script.write_text(
+        "import sys\n"
+        "from ekiden.tokens import build\n"
+        "build.UNIT_BYTES = 4000\n"
+        "if __name__ == '__main__':\n"
+        "    build.preprocess([sys.argv[1]], sys.argv[2], sys.argv[3], test_split=0.1, num_proc=2)\n"
+    )
+    command = [sys.executable, script, language_folder, tiny_tokenizer_path, out]
+    process = subprocess.Popen([str(part) for part in command])
+    while not list((out / build.RECEIPTS).glob("*")):
+        assert process.poll() is None
+        time.sleep(0.001)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    if not children.exists():
+        process.kill()
+        pytest.skip("this system does not list a process's children in /proc")
+    workers = [
+        int(pid)
+        for pid in children.read_text().split()
+        if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
+    process.kill()
+    process.wait()
+    assert len(workers) == 2
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{pid}/cmdline").exists() for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(Path(f"/proc/{pid}/cmdline").exists() for pid in workers)
+    make(language_folder, tiny_tokenizer_path, out)
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("size", ["lots", "", "0", "-5", "inf", "nan", "10MB"])
+def test_a_dataset_size_that_is_no_number_of_tokens_is_refused(
+    language_folder: Path, tiny_tokenizer_path: Path, tmp_path: Path, size: str
+) -> None:
+    with pytest.raises(UsageError, match="--dataset-size must be tokens such as"):
+        make(language_folder, tiny_tokenizer_path, tmp_path / "out", dataset_size=size)

@@ -11,7 +11,9 @@ import hashlib
 import json
 import multiprocessing
 import os
+import re
 import shutil
+import threading
 from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -110,6 +112,8 @@ def preprocess(
     if not 0 <= test_split < 1:
         raise UsageError(f"--test-split must be a share of the documents from 0 to below 1, not {test_split}")
     sources = discover(corpus, language)
+    if num_proc is not None and num_proc < 1:
+        raise UsageError(f"--num-proc must be at least 1 worker process, not {num_proc}")
     loaded = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
     units = plan_units(sources)
     folder = Path(output_dir)
@@ -123,6 +127,12 @@ def preprocess(
         build_units(units, loaded, settings, folder, num_proc, executor)
         return finish(units, loaded, settings, folder, fingerprint)
     except OSError as error:
+        if error.filename and any(
+            error.filename == file.path for found in sources.values() for file in found
+        ):
+            raise UserError(
+                f"corpus file {error.filename} could not be read ({error.strerror}); mend it and run the same command again"
+            ) from None
         raise UserError(
             f"--output-dir {folder} could not be written ({error.strerror or error}); free some space and run the same "
             "command again, finished shards are kept"
@@ -194,11 +204,11 @@ def test_splits(sources: dict[str, list[SourceFile]], asked: float) -> dict[str,
 
 
 def _parse_count(size: str | int) -> int:
-    text = str(size)
-    try:
-        return int(float(text.rstrip("kMB")) * {"k": 1e3, "M": 1e6, "B": 1e9}.get(text[-1:], 1))
-    except ValueError:
-        raise UsageError(f"--dataset-size must be tokens such as 10k, 1M or 1B, not {size!r}") from None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kKMB]?)", str(size))
+    count = int(float(match[1]) * {"": 1, "k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9}[match[2]]) if match else 0
+    if count < 1:
+        raise UsageError(f"--dataset-size must be tokens such as 10k, 1M or 1B, not {size!r}")
+    return count
 
 
 def fingerprint_of(sources: dict[str, list[SourceFile]], tokenizer: Tokenizer, settings: Settings) -> str:
@@ -224,6 +234,7 @@ def finished_build(folder: Path, fingerprint: str) -> TokenDataset:
         raise UserError(
             f"--output-dir {folder} holds shards of another corpus, tokenizer or setting; remove it or give another folder"
         )
+    shutil.rmtree(folder / RECEIPTS, ignore_errors=True)  # a kill just after dataset.json left them
     say(f"{folder} is already complete")
     return dataset
 
@@ -266,7 +277,9 @@ def build_units(
     progress = Progress(total, "B", "preprocess", initial=total - sum(unit.bytes for unit in todo))
     workers = max(1, min(num_proc or len(os.sched_getaffinity(0)), len(todo)))
     # spawn: a forked worker would inherit locks of threads that it does not have.
-    pool = executor or ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    pool = executor or ProcessPoolExecutor(
+        workers, mp_context=multiprocessing.get_context("spawn"), initializer=end_with_parent
+    )
     documents = tokens = 0
     try:
         futures = {pool.submit(build_unit, unit, tokenizer, settings, folder): unit for unit in todo}
@@ -287,6 +300,18 @@ def build_units(
         progress.close()
         if executor is None:
             pool.shutdown(cancel_futures=True)
+
+
+def end_with_parent() -> None:
+    """End this worker when the build is killed: the pool's workers would wait for ever, and write beside the next."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 class ShardWriter:
