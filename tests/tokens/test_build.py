@@ -271,3 +271,30 @@ def test_a_dataset_size_that_is_no_number_of_tokens_is_refused(
 ) -> None:
     with pytest.raises(UsageError, match="--dataset-size must be tokens such as"):
         make(language_folder, tiny_tokenizer_path, tmp_path / "out", dataset_size=size)
+
+
+def test_shards_are_numbered_without_gaps_and_a_kill_while_naming_them_costs_nothing(
+    language_folder: Path, tiny_tokenizer_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"test_split": 0.02}
+    whole = make(language_folder, tiny_tokenizer_path, tmp_path / "whole", **options)
+    for splits in whole.splits.values():
+        for name, split in splits.items():
+            assert [shard.name for shard in split.shards] == [
+                f"{name}-{i:05d}" for i in range(len(split.shards))
+            ]
+    assert any(len(splits["test"].shards) < len(splits["train"].shards) for splits in whole.splits.values())
+    left = [5]
+
+    def fail(operation: str, path: Path) -> None:
+        if operation == "rename" and path.name.startswith("unit-"):
+            left[0] -= 1
+            if not left[0]:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(files, "fault_hook", fail)
+    with pytest.raises(KeyboardInterrupt):
+        make(language_folder, tiny_tokenizer_path, tmp_path / "out", **options)
+    monkeypatch.setattr(files, "fault_hook", None)
+    make(language_folder, tiny_tokenizer_path, tmp_path / "out", **options).verify()
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")

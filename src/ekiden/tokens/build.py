@@ -31,7 +31,15 @@ from ekiden.corpus.sources import SourceFile, discover, is_compressed
 from ekiden.errors import UsageError, UserError
 from ekiden.progress import Progress, human_count, say
 from ekiden.tokenizer.load import Tokenizer, load_tokenizer
-from ekiden.tokens.format import SPLITS, Shard, Split, TokenDataset, dump_description, hash_file, token_dtype
+from ekiden.tokens.format import (
+    SPLITS,
+    Shard,
+    ShardWriter,
+    Split,
+    TokenDataset,
+    dump_description,
+    token_dtype,
+)
 
 UNIT_BYTES = 32 << 20
 BATCH_BYTES = 1 << 20
@@ -314,46 +322,13 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-class ShardWriter:
-    """Writes one shard: ids and offsets, under temporary names until `finish`."""
-
-    def __init__(self, folder: Path, name: str, dtype: np.dtype[Any]) -> None:
-        self.folder, self.name, self.dtype = folder, name, dtype
-        self._file = (folder / f".{name}.bin.tmp").open("wb")
-        self.offsets, self.bytes = [0], 0
-
-    def add(self, ids: np.ndarray, text_bytes: int) -> None:
-        """Append one document."""
-        self._file.write(ids.astype(self.dtype).tobytes())
-        self.offsets.append(self.offsets[-1] + len(ids))
-        self.bytes += text_bytes
-
-    def finish(self) -> Shard | None:
-        """Make the shard durable under its name; None where it has no document."""
-        binary, index = (self.folder / f".{self.name}{suffix}.tmp" for suffix in (".bin", ".idx"))
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        if len(self.offsets) == 1:
-            binary.unlink()
-            return None
-        with index.open("wb") as file:
-            file.write(np.array(self.offsets, dtype="<u8").tobytes())
-            file.flush()
-            os.fsync(file.fileno())
-        hashes = hash_file(binary), hash_file(index)
-        for path in (binary, index):
-            path.replace(self.folder / path.name[1:].removesuffix(".tmp"))
-        files.sync_folder(self.folder)
-        return Shard(self.name, self.offsets[-1], len(self.offsets) - 1, self.bytes, *hashes)
-
-
 def build_unit(unit: Unit, tokenizer: Tokenizer, settings: Settings, folder: Path) -> dict[str, Any]:
     """Turn one unit into its shards and return (and leave) its receipt. Runs in a worker process."""
     ledger = Ledger()
     dtype = token_dtype(tokenizer.vocab_size)
     writers = {
-        split: ShardWriter(folder / unit.language, f"{split}-{unit.number:05d}", dtype) for split in SPLITS
+        split: ShardWriter(folder / unit.language, f"unit-{unit.number:05d}-{split}", dtype)
+        for split in SPLITS
     }
     before = np.array([] if tokenizer.bos_id is None else [tokenizer.bos_id], dtype=np.int64)
     after = np.array([] if tokenizer.eos_id is None else [tokenizer.eos_id], dtype=np.int64)
@@ -390,6 +365,14 @@ def batches_of(unit: Unit, ledger: Ledger, settings: Settings) -> Iterator[list[
         yield batch
 
 
+def number_shard(folder: Path, shard: Shard, name: str) -> None:
+    """Give a unit's shard its final name, numbered without gaps; one that a killed build had named is left as it is."""
+    for suffix in (".bin", ".idx"):
+        if (folder / (shard.name + suffix)).exists():
+            files.rename(folder / (shard.name + suffix), folder / (name + suffix))
+    shard.name = name
+
+
 def finish(
     units: list[Unit], tokenizer: Tokenizer, settings: Settings, folder: Path, fingerprint: str
 ) -> TokenDataset:
@@ -405,13 +388,17 @@ def finish(
         splits = languages.setdefault(unit.language, {split: Split() for split in SPLITS})
         for split in SPLITS:
             if receipt[split]:
-                splits[split].add(Shard(**receipt[split]))
+                shard = Shard(**receipt[split])
+                number_shard(folder / unit.language, shard, f"{split}-{len(splits[split].shards):05d}")
+                splits[split].add(shard)
         ledgers.setdefault(unit.language, Ledger()).add(Ledger.from_dict(receipt["ledger"]))
     if not any(split.documents for splits in languages.values() for split in splits.values()):
         reasons = [line for ledger in ledgers.values() for line in ledger.describe()]
         raise UserError(
             f"the corpus holds no document ({'; '.join(reasons) or 'empty files'}); look at the first examples"
         )
+    for language in languages:
+        files.sync_folder(folder / language)
     for language, ledger in ledgers.items():
         for line in ledger.describe():
             say(f"{language}: {line}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from bisect import bisect_right
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from ekiden.checkpoint import files
 from ekiden.errors import UserError, nearest
 from ekiden.tokenizer.load import Tokenizer, load_tokenizer
 
@@ -58,6 +60,45 @@ class Split:
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
     """Return the type ids are stored in."""
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+
+
+class ShardWriter:
+    """Writes one shard: ids and offsets, under temporary names until `finish`, a document's memory at a time."""
+
+    def __init__(self, folder: Path, name: str, dtype: np.dtype[Any]) -> None:
+        self.folder, self.name, self.dtype = folder, name, dtype
+        self._files = {
+            suffix: (folder / f".{name}{suffix}.tmp").open("wb", buffering=1 << 20)
+            for suffix in (".bin", ".idx")
+        }
+        self._files[".idx"].write(bytes(8))
+        self.tokens = self.documents = self.bytes = 0
+
+    def add(self, ids: np.ndarray, text_bytes: int) -> None:
+        """Append one document: its ids, and the UTF-8 bytes of its text."""
+        self._files[".bin"].write(ids.astype(self.dtype).tobytes())
+        self.tokens += len(ids)
+        self._files[".idx"].write(self.tokens.to_bytes(8, "little"))
+        self.documents += 1
+        self.bytes += text_bytes
+
+    def finish(self) -> Shard | None:
+        """Make the shard durable under its name; None where it has no document."""
+        hashes = []
+        for suffix, file in self._files.items():
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+            temporary = self.folder / f".{self.name}{suffix}.tmp"
+            if not self.documents:
+                temporary.unlink()
+                continue
+            hashes.append(hash_file(temporary))
+            temporary.replace(self.folder / (self.name + suffix))
+        if not self.documents:
+            return None
+        files.sync_folder(self.folder)
+        return Shard(self.name, self.tokens, self.documents, self.bytes, *hashes)
 
 
 class TokenStream:
