@@ -204,3 +204,14 @@ def test_discover_merges_folders_by_language_and_names_what_is_wrong(tmp_path: P
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"holds no \.jsonl"):
         discover([str(tmp_path / "empty")])
+
+
+@pytest.mark.parametrize("language", ["", "../up", ".hidden"])
+def test_a_language_that_cannot_be_a_folder_is_refused(tmp_path: Path, language: str) -> None:
+    with pytest.raises(UserError, match="--language"):
+        discover([str(tmp_path)], language)
+
+
+def test_a_hub_address_is_told_how_to_be_downloaded() -> None:
+    with pytest.raises(UserError, match="hf download"):
+        discover(["hf://datasets/owner/name"])

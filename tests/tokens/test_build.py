@@ -163,6 +163,12 @@ def test_a_finished_build_is_kept_and_another_is_refused(
     assert contents(out) == before
     with pytest.raises(UserError, match="another corpus, tokenizer or setting"):
         make(language_folder, tiny_tokenizer_path, out, test_split=0.2)
+    unfinished = tmp_path / "unfinished"
+    make(language_folder, tiny_tokenizer_path, unfinished)
+    (unfinished / "dataset.json").unlink()
+    with pytest.raises(UserError, match="unfinished build of another"):
+        make(language_folder, tiny_tokenizer_path, unfinished, test_split=0.2)
+    assert list(unfinished.glob("*/train-*.bin"))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
     with pytest.raises(UserError, match="is not empty"):

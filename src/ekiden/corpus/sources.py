@@ -43,9 +43,18 @@ def discover(corpus: list[str], language: str | None = None) -> dict[str, list[S
     Raises:
         UserError: something is missing, empty, or of no known language or format.
     """
+    if language is not None and (not language or language.startswith(".") or "/" in language):
+        raise UserError(
+            f"--language {language!r} cannot name a folder; give a name without '/' that begins with no dot"
+        )
     found: dict[str, list[SourceFile]] = {}
     for argument in corpus:
         path = Path(argument)
+        if argument.startswith("hf://"):
+            raise UserError(
+                f"corpus {argument} is on the hub, which is not read directly yet; download it with `hf download OWNER/NAME "
+                "--repo-type dataset --local-dir FOLDER` and give the folder with --language NAME"
+            )
         if not path.exists():
             raise UserError(
                 f"corpus {argument} does not exist; give a folder with a sub-folder a language, or files"

@@ -257,8 +257,10 @@ def prepare_folder(folder: Path, fingerprint: str, units: list[Unit]) -> None:
     if folder.exists() and any(folder.iterdir()) and not marker.exists():
         raise UserError(f"--output-dir {folder} is not empty; give a new folder")
     if marker.exists() and marker.read_text() != fingerprint:
-        say("the corpus, tokenizer or a setting changed since this build began; it begins anew")
-        shutil.rmtree(folder)
+        raise UserError(
+            f"--output-dir {folder} holds an unfinished build of another corpus, tokenizer or setting; repeat that command, "
+            "remove the folder or give another"
+        )
     (folder / RECEIPTS).mkdir(parents=True, exist_ok=True)
     files.write_atomic(marker, fingerprint.encode())
     for language in {unit.language for unit in units}:
