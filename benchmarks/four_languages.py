@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 PRESETS = {
-    "gpt2-10m": ["--batch-size", "4", "--learning-rate", "2e-3"],
-    "gemma3-tiny": ["--batch-size", "8"],
+    "gpt2-10m": ["--batch-size", "8", "--max-length", "256", "--learning-rate", "3e-3"],
+    "gemma3-tiny": ["--initialization", "scaled"],
 }
 
 
@@ -37,6 +37,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--temperature", type=float, default=0.2)
+    parser.add_argument("--preset", choices=list(PRESETS), action="append")
     parser.add_argument("--model-type", default="unigram")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
@@ -55,10 +57,11 @@ def main() -> None:
         )
     print(ekiden("preprocess", options.corpus, "--tokenizer", tokenizer, "--output-dir", shards))
     results: dict[str, Any] = {}
-    for preset, settings in PRESETS.items():
+    for preset in options.preset or list(PRESETS):
         run = options.folder / preset
         train = ["train", preset, "--dataset-path", shards, "--output-dir", run, "--max-steps", options.steps]
-        ekiden(*train, "--num-threads", options.threads, "--eval-tokens", 4000, *settings)
+        train += ["--num-threads", options.threads, "--temperature", options.temperature]
+        ekiden(*train, "--eval-tokens", 4000, "--eval-steps", 0, *PRESETS[preset])
         result = json.loads(
             ekiden("evaluate", run, "--dataset-path", shards, "--max-tokens", 20000, "--json")
         )

@@ -302,14 +302,18 @@ def test_a_second_signal_ends_at_once_and_costs_nothing(settings: Settings, tmp_
     assert train(config).status == "completed"
 
 
-def test_a_branch_from_an_older_checkpoint_needs_a_folder_of_its_own(settings: Settings, tmp_path: Path) -> None:
+def test_a_branch_from_an_older_checkpoint_needs_a_folder_of_its_own(
+    settings: Settings, tmp_path: Path
+) -> None:
     train(settings(6))
     older = tmp_path / "run" / "checkpoints" / "step-00000003"
     assert train(settings(6, resume_from=older)).step == 6
     assert sum(e["event"] == "rollback" for e in events(tmp_path / "run")) == 0
     branch = settings(6, resume_from=older, output_dir=tmp_path / "branch", save_steps=2)
     assert train(branch).status == "completed"
-    assert [r["step"] for r in read_history(tmp_path / "branch" / "history.jsonl") if r["kind"] == "train"] == [4, 5, 6]
+    assert [
+        r["step"] for r in read_history(tmp_path / "branch" / "history.jsonl") if r["kind"] == "train"
+    ] == [4, 5, 6]
     assert outcome(tmp_path / "branch").weights == outcome(tmp_path / "run").weights
     branch.max_steps = 8
     train(branch)

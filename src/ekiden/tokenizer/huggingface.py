@@ -40,6 +40,8 @@ def huggingface_files(tokenizer: Tokenizer, max_length: int | None = None) -> di
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
+        # "</s>" standing in a text is text, for SentencePiece and so for the model.
+        "split_special_tokens": True,
         **special,
         **({"model_max_length": max_length} if max_length else {}),
     }

@@ -334,7 +334,11 @@ class Trainer:
             self.tracker.log(record)
         say(f"step {counters.step} evaluation\n{format_evaluation(result)}")
         loss = result["macro"]["loss"] if result["macro"] else None
-        if loss is not None and math.isfinite(loss) and (counters.best_loss is None or loss < counters.best_loss):
+        if (
+            loss is not None
+            and math.isfinite(loss)
+            and (counters.best_loss is None or loss < counters.best_loss)
+        ):
             counters.best_loss = loss
             self._write_model(self.directory.best, loss)
         return result

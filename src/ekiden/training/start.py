@@ -125,12 +125,16 @@ def find_checkpoint(config: TrainConfig, store: CheckpointStore) -> Checkpoint |
         return own
     path = Path(config.resume_from)
     if not path.is_dir():
-        raise UserError(f"--resume-from {path} is not a checkpoint folder; give RUN/checkpoints/step-N, or auto")
+        raise UserError(
+            f"--resume-from {path} is not a checkpoint folder; give RUN/checkpoints/step-N, or auto"
+        )
     asked = Checkpoint.open(path)
     if own is None or own.step < asked.step:
         return asked
     if own.path.resolve() != asked.path.resolve():
-        say(f"going on from {own.path.name} of this run; give another --output-dir to branch off at {asked.path.name}")
+        say(
+            f"going on from {own.path.name} of this run; give another --output-dir to branch off at {asked.path.name}"
+        )
     return own
 
 
