@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import signal
@@ -151,6 +152,10 @@ def test_a_sample_is_of_the_whole_corpus(
         assert 10 < kept < 50
     with pytest.raises(UsageError, match="--dataset-size"):
         make(language_folder, tiny_tokenizer_path, tmp_path / "x", dataset_size="lots")
+    (tmp_path / "packed" / "english").mkdir(parents=True)
+    (tmp_path / "packed" / "english" / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "one"}'))
+    with pytest.raises(UserError, match="--dataset-size cannot be estimated"):
+        make(tmp_path / "packed", tiny_tokenizer_path, tmp_path / "x", dataset_size="1k")
 
 
 def test_a_finished_build_is_kept_and_another_is_refused(

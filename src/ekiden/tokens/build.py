@@ -185,6 +185,12 @@ def keep_fraction(
     if size is None:
         return 1.0
     wanted = _parse_count(size)
+    packed = next((p.file.path for u in units for p in u.parts if is_compressed(p.file.path)), None)
+    if packed:
+        raise UserError(
+            f"--dataset-size cannot be estimated from the size of {packed}, which is compressed; unpack it to .jsonl, or "
+            "leave the setting out"
+        )
     total = sampled_bytes = sampled_tokens = 0
     for unit in units:
         total += unit.bytes
