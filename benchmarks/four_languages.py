@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 PRESETS = {
-    "gpt2-10m": ["--batch-size", "8", "--max-length", "256", "--learning-rate", "3e-3"],
+    "gpt2-10m": ["--batch-size", "4", "--max-length", "256", "--learning-rate", "2e-3"],
     "gemma3-tiny": ["--initialization", "scaled"],
 }
 
