@@ -7,8 +7,8 @@ from pathlib import Path
 import click
 import pytest
 
-from ekiden import cli as cli_module
 from ekiden.cli import cli, main
+from ekiden.cli import training as training_verbs
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:
@@ -61,7 +61,7 @@ def test_a_defect_is_one_line_and_a_traceback_only_on_request(
     def broken(*_: object, **__: object) -> None:
         raise KeyError("oops")
 
-    monkeypatch.setattr(cli_module, "build_config", broken)
+    monkeypatch.setattr(training_verbs, "build_config", broken)
     status, err = run(capsys, "train")
     assert status == 1
     assert "KeyError" in err and "Traceback" not in err
