@@ -17,13 +17,12 @@ from ekiden.config import (
     field_help,
     field_types,
     load_preset,
-    parse_bytes,
-    parse_duration,
     parse_yaml,
     preset_names,
     to_yaml,
 )
 from ekiden.errors import UsageError
+from ekiden.values import parse_bytes, parse_duration
 
 SOURCE = Path(ekiden.config.__file__).parent
 

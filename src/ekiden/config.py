@@ -14,7 +14,6 @@ import ast
 import dataclasses
 import functools
 import inspect
-import re
 import types
 import typing
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from typing import Any, Literal
 import yaml
 
 from ekiden.errors import UsageError, nearest
+from ekiden.values import parse_bytes, parse_duration, to_bool, to_int, to_weights
 
 
 @dataclass
@@ -261,9 +261,9 @@ def coerce(name: str, value: Any, where: str) -> Any:
                 raise UsageError(f"{where}: {name} must be one of {allowed}, not {value!r}")
             return choice
         if kind is bool:
-            return _to_bool(value)
+            return to_bool(value)
         if kind is int:
-            return _to_int(value)
+            return to_int(value)
         if kind is float:
             if isinstance(value, bool):
                 raise ValueError
@@ -275,78 +275,13 @@ def coerce(name: str, value: Any, where: str) -> Any:
         if origin is list:
             return [str(item) for item in (value if isinstance(value, (list, tuple)) else [value])]
         if origin is dict:
-            return _to_weights(value)
+            return to_weights(value)
     except (LookupError, ValueError, TypeError, AttributeError):
         pass
     shown = (
         kind.__name__ if isinstance(kind, type) and not isinstance(kind, types.GenericAlias) else str(kind)
     )
     raise UsageError(f"{where}: {name} must be of type {shown}, not {value!r}")
-
-
-def _to_bool(value: Any) -> bool:
-    if isinstance(value, bool):
-        return value
-    return {
-        "true": True,
-        "yes": True,
-        "on": True,
-        "1": True,
-        "false": False,
-        "no": False,
-        "off": False,
-        "0": False,
-    }[str(value).lower()]
-
-
-def _to_int(value: Any) -> int:
-    """Accept 1000, '1000', '1_000', '100k', '2M' and floats without a fraction (YAML reads 1e6 as a string)."""
-    if isinstance(value, bool):
-        raise ValueError
-    if isinstance(value, int):
-        return value
-    scale = {"k": 10**3, "M": 10**6, "B": 10**9}
-    text = str(value).replace("_", "")
-    factor = scale.get(text[-1:], 1)
-    number = float(text[:-1] if factor > 1 else text) * factor
-    if number != int(number):
-        raise ValueError
-    return int(number)
-
-
-def _to_weights(value: Any) -> dict[str, float]:
-    if isinstance(value, str):
-        value = dict(pair.split("=", 1) for pair in value.split(",") if pair)
-    return {str(name).strip(): float(weight) for name, weight in value.items()}
-
-
-def parse_duration(text: str, setting: str) -> float | None:
-    """Return seconds for '11h30m', '45m', '90s' or '2h'; None for an empty text.
-
-    Raises:
-        UsageError: not such a duration.
-    """
-    if not text:
-        return None
-    match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text.replace(" ", ""))
-    if not match or not any(match.groups()):
-        raise UsageError(f"{setting} must be a duration such as 11h30m, 45m or 90s, not {text!r}")
-    hours, minutes, seconds = (int(group or 0) for group in match.groups())
-    return float(hours * 3600 + minutes * 60 + seconds)
-
-
-def parse_bytes(text: str, setting: str) -> int | None:
-    """Return bytes for '8GB', '500MB' or '1000000'; None for an empty text. Units are powers of 1000.
-
-    Raises:
-        UsageError: not such a size.
-    """
-    if not text:
-        return None
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)B?", text.strip())
-    if not match:
-        raise UsageError(f"{setting} must be a size such as 8GB or 500MB, not {text!r}")
-    return int(float(match[1]) * 1000 ** " kMGT".index(match[2] or " "))
 
 
 def build_config(recipe: str | None = None, **settings: Any) -> TrainConfig:

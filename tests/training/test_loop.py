@@ -21,6 +21,7 @@ from ekiden.checkpoint import files
 from ekiden.config import TrainConfig, to_yaml
 from ekiden.errors import UserError
 from ekiden.export.load import load_model
+from ekiden.training import loop as loop_module
 from ekiden.training import step as step_module
 from ekiden.training.history import read_history
 from ekiden.training.loop import train
@@ -36,10 +37,12 @@ def at_step(monkeypatch: pytest.MonkeyPatch, microbatch_calls: int, action: Call
     """Run `action` before the n-th forward pass."""
     calls = 0
 
-    def hook(_index: int, phase: str) -> None:
+    def hook(index: int, phase: str) -> None:
         nonlocal calls
-        calls += phase == "forward"
-        if phase == "forward" and calls == microbatch_calls:
+        if index < 0 or phase != "forward":  # the trial before the first step has negative indices
+            return
+        calls += 1
+        if calls == microbatch_calls:
             action()
 
     monkeypatch.setattr(step_module, "fault_hook", hook)
@@ -190,6 +193,45 @@ def test_out_of_memory_halves_the_microbatch_and_keeps_the_run(
     assert json.loads(newest.read_text())["counters"]["microbatch_schedule"] == [[0, 4], [0, 2]]
 
 
+@pytest.mark.parametrize("phase", ["forward", "backward"])
+def test_out_of_memory_is_found_before_the_first_step(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, phase: str
+) -> None:
+    train(settings(4, batch_size=2, gradient_accumulation_steps=2, output_dir=tmp_path / "reference"))
+    tried: list[int] = []
+
+    def fail(index: int, now: str) -> None:
+        if index < 0 and now == phase:
+            tried.append(index)
+            if len(tried) == 2:  # beside the gradients of the first microbatch
+                raise torch.OutOfMemoryError("CUDA out of memory (injected)")
+
+    monkeypatch.setattr(step_module, "fault_hook", fail)
+    train(settings(4))
+    oom = [e for e in events(tmp_path / "run") if e["event"] == "oom"]
+    assert [(e["step"], e["microbatch"]) for e in oom] == [(0, [4, 2])]
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "reference")
+
+
+def test_out_of_memory_in_an_evaluation_takes_smaller_batches(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(settings(3, output_dir=tmp_path / "reference"))
+    sizes: list[int] = []
+
+    def small(*arguments: Any, batch_size: int, **others: Any) -> Any:
+        sizes.append(batch_size)
+        if batch_size > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory (injected)")
+        return evaluate(*arguments, batch_size=batch_size, **others)
+
+    evaluate = loop_module.evaluate
+    monkeypatch.setattr(loop_module, "evaluate", small)
+    train(settings(3))
+    assert sizes == [4, 2, 1]
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "reference")
+
+
 def test_out_of_memory_with_one_sample_says_what_to_lower(
     settings: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -204,7 +246,7 @@ def test_out_of_memory_with_one_sample_says_what_to_lower(
 
 def poison(monkeypatch: pytest.MonkeyPatch, bad_calls: set[int]) -> None:
     """Make the loss of the n-th microbatches infinite."""
-    calls = 0
+    calls = -2  # the trial before the first step
     real = step_module.chunked_cross_entropy
 
     def poisoned(*arguments: Any) -> torch.Tensor:

@@ -8,14 +8,18 @@ again.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import math
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ekiden.checkpoint import files
+from ekiden.progress import say
 
 STEP_KINDS = ("train", "eval", "samples")
 """Records that belong to a step; events belong to the session that met them and are never taken out."""
@@ -45,18 +49,35 @@ class History:
             else:
                 kept.append(record)
                 self.last[record["kind"]] = record["step"]
-        lines = "".join(_line(record) for record in kept)
-        if not path.exists() or path.read_text(encoding="utf-8", errors="replace") != lines:
-            files.write_atomic(path, lines.encode())
-        self._file = path.open("a", encoding="utf-8")
+        lines = "".join(_line(record) for record in kept).encode()
+        if not path.exists() or path.read_bytes() != lines:
+            files.write_atomic(path, lines)
+        self._file = path.open("ab", buffering=0)
+        self._end = len(lines)
+        self._waiting: list[bytes] = []
 
     def add(self, kind: str, step: int, **figures: Any) -> dict[str, Any]:
-        """Append one record and return it."""
+        """Append one record and return it; where the disk is full, it waits in memory for the next one."""
         record = {"kind": kind, "step": step, **figures, "time": time.time()}
-        self._file.write(_line(record))
-        self._file.flush()
+        self._waiting.append(_line(record).encode())
+        self._write_waiting()
         self.last[kind] = step
         return record
+
+    def _write_waiting(self) -> None:
+        data = b"".join(self._waiting)
+        try:
+            # A short write is a full disk's; the next one begins where the last whole line ended.
+            if self._file.write(data) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._file.truncate(self._end)
+            if len(self._waiting) == 1:
+                say(f"{self.path.name} cannot be written ({files.reason(error)}); its records wait in memory")
+            return
+        self._end += len(data)
+        self._waiting.clear()
 
     def event(self, event: str, step: int, **details: Any) -> None:
         """Append an event: start, resume, save, oom, skip, rollback, stop."""
@@ -64,9 +85,16 @@ class History:
 
     def close(self) -> None:
         """Close the file and write `training_history.json` beside it, the same figures as columns."""
+        if self._waiting:
+            self._write_waiting()
         self._file.close()
         columns = json.dumps(_finite(history_columns(read_history(self.path))), ensure_ascii=False)
-        files.write_atomic(self.path.with_name("training_history.json"), columns.encode())
+        try:
+            files.write_atomic(self.path.with_name("training_history.json"), columns.encode())
+        except OSError as error:
+            say(
+                f"training_history.json could not be written ({files.reason(error)}); history.jsonl holds the same"
+            )
 
 
 def _line(record: dict[str, Any]) -> str:

@@ -7,34 +7,28 @@ the run directory, and leaves the run directory further along: history, checkpoi
 
 from __future__ import annotations
 
-import gc
+import functools
 import math
 import time
-from collections.abc import Callable
 from typing import Any
 
-import psutil
 import torch
 
-from ekiden.checkpoint.background import BackgroundSaver
-from ekiden.checkpoint.store import CheckpointError, CheckpointWriter, replace_folder
-from ekiden.config import TrainConfig, parse_duration, validate
+from ekiden.config import TrainConfig, validate
 from ekiden.errors import UserError
 from ekiden.evaluation.loss import evaluate, format_evaluation
 from ekiden.evaluation.samples import sample_texts
-from ekiden.export.huggingface import model_folder_files
 from ekiden.progress import Progress, human_count, human_duration, say
 from ekiden.training.history import History
 from ekiden.training.interruption import Interruption
+from ekiden.training.memory import OutOfMemory, memory_bytes, run_within_memory, try_step
 from ekiden.training.optimizer import learning_rate
 from ekiden.training.rundir import RunDirectory, TrainResult
+from ekiden.training.saving import Saving
 from ekiden.training.start import prepare
-from ekiden.training.state import Snapshot
 from ekiden.training.step import StepFigures, accumulate_gradients, apply_update
 from ekiden.training.trackers import WandbTracker
-
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
-"""What CUDA's and the CPU's allocators say (the CPU's is a plain RuntimeError)."""
+from ekiden.values import parse_duration
 
 
 def train(config: TrainConfig) -> TrainResult:
@@ -78,22 +72,24 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, run: RunDirectory, interruption: Interruption) -> None:
         self.config, self.directory, self.interruption = config, run, interruption
-        self.start = prepare(config, run)
-        self.state, self.store, self.batches = self.start.state, self.start.store, self.start.batches
-        self.counters = self.state.counters
-        self.folder_files = model_folder_files(self.state.model, self.start.tokenizer)
-        self.history = History(run.history, self.counters.step)
-        self.saver = BackgroundSaver()
+        self._begin()
         self.tracker = (
             WandbTracker(config, run.path, self.counters.wandb_run_id) if config.use_wandb else None
         )
         if self.tracker:
             self.counters.wandb_run_id = self.tracker.run_id
-        self.saved_step = self.start.resumed_from.step if self.start.resumed_from else -1
         self.step_seconds = 0.0
         self.last_loss: float | None = None
         self.verified_resume = self.start.resumed_from is None
         run.write_config(config)
+
+    def _begin(self) -> None:
+        """Take up the run where its newest checkpoint is."""
+        self.start = prepare(self.config, self.directory)
+        self.state, self.batches = self.start.state, self.start.batches
+        self.counters = self.state.counters
+        self.history = History(self.directory.history, self.counters.step)
+        self.saving = Saving(self.start, self.history)
 
     # -- the session ------------------------------------------------------------------------------------------
 
@@ -102,11 +98,13 @@ class Trainer:
         resumed = self.start.resumed_from is not None
         self.history.event("resume" if resumed else "start", self.counters.step, **self.start.notes)
         try:
+            if not resumed or self.start.notes["level"] != "L1":
+                self._try_memory()
             reason = self._steps()
             if reason is None:
                 result = self._complete()
             else:
-                self._save(wait=True)
+                self.saving.save(self.last_loss, wait=True)
                 result = self._result("paused", reason)
                 say(f"stopped at step {self.counters.step} ({reason}); run the same command again to go on")
             self.history.event("stop", self.counters.step, status=result.status, reason=result.reason)
@@ -116,7 +114,7 @@ class Trainer:
             self.history.event("stop", self.counters.step, status="failed", reason=str(error))
             raise
         finally:
-            self.saver.wait()
+            self.saving.wait()
             self.batches.close()
             self.history.close()
             if self.tracker:
@@ -154,14 +152,14 @@ class Trainer:
                 if self._due(config.sample_steps) and step < self.start.max_steps:
                     self._samples()
                 progress.update(1, **shown)
-                self._check_saver()
+                self.saving.check()
                 reason = self.interruption.stop_reason(self._reserve_seconds())
                 if reason and step < self.start.max_steps:
                     return reason
                 # Not amid bad steps: a roll-back should go to before them.
                 due = self._due(config.save_steps) and counters.bad_in_row == 0
                 if due or self.interruption.save_requested():
-                    self._save(wait=not config.background_save)
+                    self.saving.save(self.last_loss, wait=not config.background_save)
         finally:
             progress.close()
         return None
@@ -182,30 +180,42 @@ class Trainer:
     def _step(self) -> StepFigures:
         """Do one optimizer step; halve the microbatch and repeat it where the device runs out of memory."""
         config, counters = self.config, self.counters
-        while True:
-            problem: str | None = None
-            try:
-                loss = accumulate_gradients(
-                    self.state.model,
-                    self.batches.microbatches(counters.data_step(counters.step), counters.microbatch),
-                    self._tokens_per_step(),
-                    self.start.precision,
-                    self.state.scaler,
-                    config.loss_chunk_size,
-                )
-            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                problem = str(error).splitlines()[0] if str(error) else type(error).__name__
-            if problem is None:
-                break
-            # Outside the except block: the traceback would keep the activations alive.
-            self._halve_microbatch(problem)
+        loss = run_within_memory(self._gradients)
+        while isinstance(loss, OutOfMemory):
+            self._halve_microbatch(loss.problem)
+            loss = run_within_memory(self._gradients)
         rate = learning_rate(counters.step, config, self.start.max_steps)
         figures = apply_update(self.state.optimizer, loss, rate, config.max_grad_norm, self.state.scaler)
         counters.step += 1
         counters.tokens += self._tokens_per_step()
         return figures
+
+    def _gradients(self) -> torch.Tensor:
+        """Add up the gradients of this step's global batch; return its mean loss."""
+        counters = self.counters
+        return accumulate_gradients(
+            self.state.model,
+            self.batches.microbatches(counters.data_step(counters.step), counters.microbatch),
+            self._tokens_per_step(),
+            self.start.precision,
+            self.state.scaler,
+            self.config.loss_chunk_size,
+        )
+
+    def _try_memory(self) -> None:
+        """Find the microbatch that fits before the first step, where nothing can be lost by failing."""
+        while isinstance(tried := run_within_memory(self._try_step), OutOfMemory):
+            self._halve_microbatch(tried.problem)
+
+    def _try_step(self) -> None:
+        config = self.config
+        try_step(
+            self.state,
+            self.start.precision,
+            self.counters.microbatch,
+            config.max_length,
+            config.loss_chunk_size,
+        )
 
     def _halve_microbatch(self, problem: str) -> None:
         """Make room: half the microbatch, twice the accumulation, the same global batch.
@@ -215,9 +225,6 @@ class Trainer:
         """
         counters = self.counters
         self.state.optimizer.zero_grad(set_to_none=True)
-        gc.collect()
-        if self.start.device.type == "cuda":
-            torch.cuda.empty_cache()
         if counters.microbatch == 1:
             raise UserError(
                 f"out of memory at step {counters.step + 1} with one sample of {self.config.max_length} tokens; lower "
@@ -259,16 +266,13 @@ class Trainer:
 
     def _roll_back(self, first_bad: int, count: int) -> None:
         """Go back to the newest good checkpoint (or the start) and leave out the batches that failed."""
-        self.saver.wait()
+        self.saving.wait()
         self.batches.close()
+        self.history.close()
         before = self.counters
-        self.start = prepare(self.config, self.directory)
-        self.state, self.store, self.batches = self.start.state, self.start.store, self.start.batches
-        self.counters = self.state.counters
+        self._begin()
         self.counters.skipped_batches = [*before.skipped_batches, [first_bad, count]]
         self.counters.rollbacks, self.counters.skipped_steps = before.rollbacks + 1, before.skipped_steps
-        self.history.close()
-        self.history = History(self.directory.history, self.counters.step)
         self.history.event(
             "rollback", self.counters.step, first_bad_step=first_bad + 1, batches_left_out=count
         )
@@ -320,15 +324,7 @@ class Trainer:
     def _evaluate(self, tokens_per_language: int) -> dict[str, Any]:
         """Evaluate every language, keep the best model so far; return the figures."""
         counters = self.counters
-        result = evaluate(
-            self.state.model,
-            self.start.dataset,
-            length=self.config.max_length,
-            tokens_per_language=tokens_per_language or None,
-            batch_size=counters.microbatch,
-            precision=self.start.precision,
-            chunk_rows=self.config.loss_chunk_size,
-        )
+        result = self._evaluate_within_memory(tokens_per_language)
         record = self.history.add("eval", counters.step, **result)
         if self.tracker:
             self.tracker.log(record)
@@ -340,8 +336,37 @@ class Trainer:
             and (counters.best_loss is None or loss < counters.best_loss)
         ):
             counters.best_loss = loss
-            self._write_model(self.directory.best, loss)
+            self.saving.write_model(self.directory.best, loss)
         return result
+
+    def _evaluate_within_memory(self, tokens_per_language: int) -> dict[str, Any]:
+        """Evaluate with batches as large as a microbatch, or half of that and half again where they do not fit.
+
+        Raises:
+            UserError: one sample does not fit.
+        """
+        batch_size = self.counters.microbatch
+        while batch_size:
+            work = functools.partial(
+                evaluate,
+                self.state.model,
+                self.start.dataset,
+                length=self.config.max_length,
+                tokens_per_language=tokens_per_language or None,
+                batch_size=batch_size,
+                precision=self.start.precision,
+                chunk_rows=self.config.loss_chunk_size,
+            )
+            result = run_within_memory(work)
+            if not isinstance(result, OutOfMemory):
+                return result
+            say(
+                f"out of memory in the evaluation of step {self.counters.step} with {batch_size} samples at a time"
+            )
+            batch_size //= 2
+        raise UserError(
+            f"out of memory evaluating one sample of {self.config.max_length} tokens; lower --loss-chunk-size"
+        )
 
     def _samples(self) -> None:
         texts = sample_texts(
@@ -358,97 +383,20 @@ class Trainer:
                 f"step {self.counters.step} sample ({language}): {samples[0]['prompt']} >> {samples[0]['text']}"
             )
 
-    # -- what is kept -------------------------------------------------------------------------------------------
-
-    def _save(self, wait: bool) -> None:
-        """Save the state of this step boundary, beside training unless `wait`."""
-        step = self.counters.step
-        if step != self.saved_step:
-            self.saver.wait()
-            try:
-                snapshot = self.state.snapshot()
-            except FloatingPointError as error:
-                raise UserError(
-                    f"{error}; nothing was saved, go on from the newest checkpoint with a lower --learning-rate"
-                ) from None
-            self.saved_step = step
-            self.saver.submit(self._saving(snapshot))
-        if wait:
-            self.saver.wait()
-        self._check_saver()
-
-    def _saving(self, snapshot: Snapshot) -> Callable[[], None]:
-        """Return the work of writing `snapshot`, to be done in the background."""
-        loss = self.last_loss
-
-        def write(writer: CheckpointWriter) -> None:
-            for name, content in self.folder_files.items():
-                writer.bytes(name, content)
-            snapshot.write(writer)
-
-        def save() -> None:
-            began = time.perf_counter()
-            facts = {"tokens": snapshot.trainer["counters"]["tokens"]}
-            if loss is not None and math.isfinite(loss):
-                facts["loss"] = loss
-            self.store.save(snapshot.step, write, facts)
-            self.counters.save_seconds = max(self.counters.save_seconds, time.perf_counter() - began)
-
-        return save
-
-    def _check_saver(self) -> None:
-        """Report what became of the save in the background: a failed one costs the new checkpoint, never an old one."""
-        for error in self.saver.failures():
-            self.saved_step = -1
-            if not isinstance(error, (CheckpointError, OSError)):
-                raise error
-            say(f"a checkpoint could not be saved ({error}); training goes on, older checkpoints stay")
-            self.history.event("save-failed", self.counters.step, problem=str(error))
-
-    def _write_model(self, target: Any, loss: float | None) -> None:
-        """Write the weights of this step as a Hugging Face folder, replacing the one before it atomically."""
-        snapshot = self.state.snapshot()
-
-        def write(writer: CheckpointWriter) -> None:
-            for name, content in self.folder_files.items():
-                writer.bytes(name, content)
-            writer.tensors("model.safetensors", snapshot.model, metadata={"format": "pt"})
-
-        try:
-            replace_folder(target, write, {"step": snapshot.step, "loss": loss})
-        except (CheckpointError, OSError) as error:
-            say(f"{target.name}/ could not be written ({error}); training goes on, the one before it stays")
-            self.history.event("save-failed", self.counters.step, problem=str(error), folder=target.name)
-
     def _complete(self) -> TrainResult:
         """Evaluate, save and export at the last step."""
         already = self.start.resumed_from is not None and self.start.resumed_from.step == self.start.max_steps
         if already and self.directory.final_model.is_dir():
             say(f"all {self.start.max_steps} steps are done; raise --max-steps to train on")
             return self._result("completed", "all steps done")
-        self._save(wait=True)
+        self.saving.save(self.last_loss, wait=True)
         # A session killed between that save and here leaves these to the next one, which does them once.
         if self.history.last.get("eval") != self.counters.step:
             self._evaluate(self.config.eval_tokens)
         if self.history.last.get("samples") != self.counters.step:
             self._samples()
-        self._write_model(self.directory.final_model, self.counters.best_loss)
+        self.saving.write_model(self.directory.final_model, self.counters.best_loss)
         return self._result("completed", "all steps done")
 
     def _result(self, status: str, reason: str) -> TrainResult:
-        name = f"step-{self.saved_step:08d}" if self.saved_step >= 0 else None
-        return TrainResult(status, self.counters.step, self.counters.tokens, reason, name)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether `error` is an allocator's, on any device."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
-        sign in str(error) for sign in OUT_OF_MEMORY
-    )
-
-
-def memory_bytes(device: torch.device) -> int:
-    """Return the peak bytes allocated on a GPU, or the process's resident bytes on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return psutil.Process().memory_info().rss
+        return TrainResult(status, self.counters.step, self.counters.tokens, reason, self.saving.checkpoint)

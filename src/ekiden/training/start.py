@@ -18,7 +18,7 @@ import transformers
 
 import ekiden
 from ekiden.checkpoint.store import Checkpoint, CheckpointStore, recover_folder
-from ekiden.config import TrainConfig, parse_bytes
+from ekiden.config import TrainConfig
 from ekiden.errors import UserError
 from ekiden.modeling.build import body, build_model, parameter_counts
 from ekiden.modeling.device import Precision, configure_determinism, select_device, select_precision
@@ -30,6 +30,7 @@ from ekiden.tokens.mixture import Mixture, plan_mixture
 from ekiden.training.optimizer import build_optimizer
 from ekiden.training.rundir import RunDirectory
 from ekiden.training.state import TrainingState, changed_settings
+from ekiden.values import parse_bytes
 
 
 @dataclass

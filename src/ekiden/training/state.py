@@ -108,10 +108,7 @@ class TrainingState:
         Raises:
             FloatingPointError: a weight is not finite; such a state is never written.
         """
-        model = {name: _copy(p) for name, p in self.model.named_parameters()}
-        for name, tensor in model.items():
-            if not torch.isfinite(tensor).all():
-                raise FloatingPointError(f"{name} is not finite at step {self.counters.step}")
+        model = self.weights()
         rng = {"cpu": torch.get_rng_state()}
         if torch.cuda.is_available():
             rng |= {f"cuda{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
@@ -123,6 +120,18 @@ class TrainingState:
             "identity": self.identity,
         }
         return Snapshot(self.counters.step, model, self._optimizer_tensors(), rng, trainer)
+
+    def weights(self) -> TensorDict:
+        """Return a copy of the model's parameters in host memory, by name.
+
+        Raises:
+            FloatingPointError: a weight is not finite.
+        """
+        weights = {name: _copy(p) for name, p in self.model.named_parameters()}
+        for name, tensor in weights.items():
+            if not torch.isfinite(tensor).all():
+                raise FloatingPointError(f"{name} is not finite at step {self.counters.step}")
+        return weights
 
     def _optimizer_tensors(self) -> TensorDict:
         tensors = {}

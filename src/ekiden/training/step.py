@@ -41,6 +41,7 @@ def accumulate_gradients(
     precision: Precision,
     scaler: torch.amp.GradScaler | None = None,
     loss_chunk_size: int = 1024,
+    first_index: int = 0,
 ) -> torch.Tensor:
     """Add the gradients of all microbatches to the model's parameters and return the mean loss.
 
@@ -48,13 +49,14 @@ def accumulate_gradients(
         microbatches: (inputs, targets), int64, [b, T] each.
         total_tokens: tokens of the global batch. Dividing by it, not by each microbatch's own count, makes the
             gradient independent of how the batch is cut.
+        first_index: number of the first microbatch, as `fault_hook` is told; negative: a trial before the first step.
 
     Returns:
         The loss in nats a token, fp32 scalar on the model's device.
     """
     device = head_weight(model).device
     loss_sum = torch.zeros((), dtype=torch.float32, device=device)
-    for index, (inputs, targets) in enumerate(microbatches):
+    for index, (inputs, targets) in enumerate(microbatches, first_index):
         input_ids, target_ids = _to_device(inputs, device), _to_device(targets, device)
         if fault_hook:
             fault_hook(index, "forward")
