@@ -134,7 +134,8 @@ class TrainConfig:
     max_checkpoints: int = 4
     """Newest checkpoints kept (at least 2), beside the best model."""
     checkpoint_budget: str = ""
-    """Bytes that all kept checkpoints may take together, as 8GB or 500MB. Empty: 90 % of the space that is free or theirs."""
+    """Bytes that all kept checkpoints may take together, as 8GB or 500MB. Empty: 90 % of the space that is free or
+    theirs, and on Kaggle no more than its 20 GB of output allow."""
     background_save: bool = True
     """Write checkpoints beside training, from a copy of the state; off: training waits for the disk."""
     resume_from: str = "auto"
@@ -177,7 +178,7 @@ def field_help() -> dict[str, str]:
             and isinstance(following, ast.Expr)
             and isinstance(following.value, ast.Constant)
         ):
-            texts[statement.target.id] = str(following.value.value)
+            texts[statement.target.id] = " ".join(str(following.value.value).split())
     return texts
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
+
+import pytest
 
 from ekiden.training.history import History, history_columns, read_history
 
@@ -54,3 +57,24 @@ def test_floats_keep_every_bit_and_nan_is_valid_json(tmp_path: Path) -> None:
     assert record["loss"] == value
     assert record["grad_norm"] == "nan"
     assert history_columns(read_history(path))["train"]["loss"] == [value]
+
+
+def test_records_wait_in_memory_for_a_full_disk(small_disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, filler = small_disk / "history.jsonl", small_disk / "filler"
+    history = History(path, 0)
+    history.event("start", 0)
+    with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(1 << 16))
+    for step in range(1, 6):
+        history.add("train", step, loss=1.0 / step, text="x" * 5000)
+    assert len(list(read_history(path))) < 6
+    filler.unlink()
+    history.add("train", 6, loss=0.1)
+    assert [r["step"] for r in read_history(path)] == [0, 1, 2, 3, 4, 5, 6]
+    assert path.read_bytes().count(b"\n") == 7  # and no torn line between them
+    history.close()
+    assert (
+        capsys.readouterr().err.count("history.jsonl cannot be written (the disk is full); its records wait")
+        == 1
+    )

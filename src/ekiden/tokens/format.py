@@ -235,8 +235,18 @@ class TokenDataset:
         return hashlib.sha256(json.dumps(self.description, sort_keys=True).encode()).hexdigest()
 
     def tokenizer(self) -> Tokenizer:
-        """Return the tokenizer that made the shards, from the copy beside them."""
-        return load_tokenizer(self.path / "tokenizer")
+        """Return the tokenizer that made the shards, from the copy beside them.
+
+        Raises:
+            UserError: the copy is missing, or is another tokenizer.
+        """
+        tokenizer = load_tokenizer(self.path / "tokenizer")
+        if tokenizer.sha256 != self.tokenizer_sha256:
+            raise UserError(
+                f"{self.path / 'tokenizer'} is not the tokenizer that made these shards ({tokenizer.sha256[:12]}, not "
+                f"{self.tokenizer_sha256[:12]}); copy the folder again, or preprocess anew"
+            )
+        return tokenizer
 
     def split(self, language: str, split: str) -> TokenStream:
         """Return one split of one language; it may be empty.

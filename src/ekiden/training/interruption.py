@@ -33,8 +33,7 @@ class Interruption:
         self._stop_file, self._save_file = run_dir / "stop", run_dir / "save"
         self._signal: signal.Signals | None = None
         # Monotonic time of the process's start: imports alone take 5-30 s of a paid session.
-        age = max(0.0, time.time() - psutil.Process().create_time())
-        self._deadline = time.monotonic() - age + max_seconds if max_seconds is not None else None
+        self._deadline = time.monotonic() - process_age() + max_seconds if max_seconds is not None else None
 
     @contextlib.contextmanager
     def handlers(self) -> Iterator[None]:
@@ -67,7 +66,8 @@ class Interruption:
         if self._deadline is not None and time.monotonic() + reserve_seconds >= self._deadline:
             return "time limit"
         if self._stop_file.exists():
-            self._stop_file.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # on a read-only disk it stays, and stops the next session too
+                self._stop_file.unlink(missing_ok=True)
             return "stop file"
         return None
 
@@ -75,5 +75,22 @@ class Interruption:
         """Return whether `RUN/save` is there, and take it away."""
         if not self._save_file.exists():
             return False
-        self._save_file.unlink(missing_ok=True)
+        try:
+            self._save_file.unlink(missing_ok=True)
+        except OSError:
+            return False
         return True
+
+
+def process_age() -> float:
+    """Return the seconds since this process began.
+
+    On Linux by the clock that counts from boot: the wall clock of a fresh machine jumps when it is first set.
+    """
+    try:
+        after_name = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        # Field 22 of proc(5), the 20th after the name: start time in clock ticks since boot.
+        began = int(after_name[19]) / os.sysconf("SC_CLK_TCK")
+        return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - began)
+    except (OSError, AttributeError, ValueError, IndexError):
+        return max(0.0, time.time() - psutil.Process().create_time())

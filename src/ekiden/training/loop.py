@@ -59,12 +59,9 @@ def write_failure(run: RunDirectory, error: BaseException) -> None:
     """Leave `result.json` as failed, with what the checkpoints and the history still hold."""
     names = sorted(path.name for path in run.checkpoints.glob("step-*")) if run.checkpoints.is_dir() else []
     step = int(names[-1].removeprefix("step-")) if names else 0
-    try:
-        run.write_result(
-            TrainResult("failed", step, 0, str(error) or type(error).__name__, names[-1] if names else None)
-        )
-    except OSError as second:
-        say(f"result.json could not be written ({second.strerror})")
+    run.write_result(
+        TrainResult("failed", step, 0, str(error) or type(error).__name__, names[-1] if names else None)
+    )
 
 
 class Trainer:

@@ -19,6 +19,10 @@ from filelock import FileLock, Timeout
 from ekiden.checkpoint import files
 from ekiden.config import TrainConfig, to_yaml
 from ekiden.errors import UserError
+from ekiden.progress import say
+
+KAGGLE_OUTPUT = Path("/kaggle/working")
+KAGGLE_OUTPUT_BYTES = 20_000_000_000
 
 
 @dataclass
@@ -83,5 +87,28 @@ class RunDirectory:
         files.write_atomic(self.path / "config.yaml", to_yaml(config).encode())
 
     def write_result(self, result: TrainResult) -> None:
-        """Write `result.json`."""
-        files.write_atomic(self.path / "result.json", (json.dumps(asdict(result), indent=1) + "\n").encode())
+        """Write `result.json`; where the disk does not take it, say so, for the checkpoints stand without it."""
+        try:
+            files.write_atomic(
+                self.path / "result.json", (json.dumps(asdict(result), indent=1) + "\n").encode()
+            )
+        except OSError as error:
+            say(f"result.json could not be written ({files.reason(error)})")
+
+
+def default_checkpoint_budget(checkpoints: Path) -> int | None:
+    """Return the bytes that checkpoints may take where the user has set none; None: what the disk allows.
+
+    A Kaggle session loses its whole output where `/kaggle/working` holds more than 20 GB at its end.
+    """
+    if not os.environ.get("KAGGLE_KERNEL_RUN_TYPE") or not checkpoints.resolve().is_relative_to(
+        KAGGLE_OUTPUT
+    ):
+        return None
+    others = sum(
+        path.lstat().st_size
+        for path in KAGGLE_OUTPUT.rglob("*")
+        if path.is_file() and not path.is_relative_to(checkpoints.resolve())
+    )
+    # A tenth is left for best/, final_model/ and what the notebook itself writes later.
+    return max(0, int(0.9 * KAGGLE_OUTPUT_BYTES) - others)

@@ -28,7 +28,7 @@ from ekiden.tokens.batches import Batches
 from ekiden.tokens.format import TokenDataset
 from ekiden.tokens.mixture import Mixture, plan_mixture
 from ekiden.training.optimizer import build_optimizer
-from ekiden.training.rundir import RunDirectory
+from ekiden.training.rundir import RunDirectory, default_checkpoint_budget
 from ekiden.training.state import TrainingState, changed_settings
 from ekiden.values import parse_bytes
 
@@ -66,9 +66,10 @@ def prepare(config: TrainConfig, run: RunDirectory) -> Start:
     tokenizer = dataset.tokenizer()
     for folder in (run.best, run.final_model):
         recover_folder(folder)
-    store = CheckpointStore(
-        run.checkpoints, config.max_checkpoints, parse_bytes(config.checkpoint_budget, "--checkpoint-budget")
-    )
+    budget = parse_bytes(config.checkpoint_budget, "--checkpoint-budget")
+    if budget is None:
+        budget = default_checkpoint_budget(run.checkpoints)
+    store = CheckpointStore(run.checkpoints, config.max_checkpoints, budget)
     checkpoint = find_checkpoint(config, store)
     saved = checkpoint.json("trainer_state.json") if checkpoint else None
     global_batch = config.batch_size * config.gradient_accumulation_steps
