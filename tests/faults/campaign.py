@@ -1,4 +1,5 @@
-"""The kill campaign: runs ended by SIGKILL at random moments and resumed until done, against an uninterrupted one.
+"""The kill campaign: runs ended by SIGKILL, at random moments and aimed at the file operations of
+saves, renames, deletions and loads, and resumed until done, against an uninterrupted one.
 
     python tests/faults/campaign.py --kills 100 --preset gemma3-tiny
 
@@ -10,6 +11,7 @@ The last line printed is one JSON object.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -18,10 +20,12 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ekiden.checkpoint import files
 from ekiden.checkpoint.manifest import read_manifest
 from ekiden.config import TrainConfig, build_config
 from ekiden.quickstart import standard_library_prose
@@ -50,6 +54,46 @@ class Outcome:
     losses: dict[int, float]
     steps_twice: int
     weights: dict[str, str]
+
+
+@dataclass
+class Trial:
+    """One process: its number, and its exit status, None where it was killed."""
+
+    pid: int
+    status: int | None
+
+
+class Aim:
+    """Ends the process before its n-th file operation of a kind, from inside `checkpoint.files`.
+
+    Args:
+        kind: one of `AIMS`. count: the n.
+    """
+
+    def __init__(self, kind: str, count: int) -> None:
+        self.matches, self.left = AIMS[kind], count
+
+    def hook(self, operation: str, path: Path) -> None:
+        """Count one operation; be gone before the last."""
+        if self.matches(operation, path):
+            self.left -= 1
+            if self.left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+                time.sleep(60)  # the signal may take its time
+
+
+AIMS: dict[str, Callable[[str, Path], bool]] = {
+    "in a save": lambda operation, path: ".tmp-step" in str(path) or ".new-" in str(path),
+    "at a rename": lambda operation, path: operation in ("rename", "exchange", "sync"),
+    "in a deletion": lambda operation, path: (
+        ".trash-" in str(path) or (operation == "rename" and path.name.startswith("step-"))
+    ),
+    "in a load": lambda operation, path: operation in ("open", "read"),
+}
+"""Kinds of moment, as what `files.fault_hook` is told of an operation; the trailing n is drawn at random."""
+SPREAD = {"in a save": 300, "at a rename": 90, "in a deletion": 60, "in a load": 40}
+"""The largest n drawn for each kind: about as many as a run of 30 steps has of them."""
 
 
 def make_shards(folder: Path) -> Path:
@@ -85,8 +129,8 @@ def settings(preset: str, shards: Path, run: Path, steps: int, **more: Any) -> T
     return build_config(preset, **{**small, **options, **more})
 
 
-def trial(config: TrainConfig, log: Path, kill_after: float | None) -> int | None:
-    """Run `config` in a forked process; SIGKILL it after so many seconds; return its status, None where killed."""
+def trial(config: TrainConfig, log: Path, kill_after: float | None = None, aim: Aim | None = None) -> Trial:
+    """Run `config` in a forked process, to be ended by SIGKILL after so many seconds or where `aim` says."""
     child = os.fork()
     if child == 0:
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -94,6 +138,8 @@ def trial(config: TrainConfig, log: Path, kill_after: float | None) -> int | Non
         os.dup2(descriptor, 2)
         status = 1
         try:
+            if aim is not None:
+                files.fault_hook = aim.hook
             train(config)
             status = 0
         except BaseException as error:
@@ -104,11 +150,11 @@ def trial(config: TrainConfig, log: Path, kill_after: float | None) -> int | Non
     while True:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
-            return os.waitstatus_to_exitcode(status)
+            code = os.waitstatus_to_exitcode(status)
+            return Trial(child, None if code == -signal.SIGKILL else code)
         if deadline is not None and time.monotonic() >= deadline:
             os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            return None
+            deadline = None
         time.sleep(0.002)
 
 
@@ -132,48 +178,81 @@ def acknowledged(run: Path) -> int:
     return max(steps, default=0)
 
 
+def resumed_from(run: Path) -> dict[int, int]:
+    """Return the step that each session went on from, by the number of its process."""
+    records = read_history(run / "history.jsonl")
+    return {r["pid"]: r["step"] for r in records if r.get("event") in ("start", "resume")}
+
+
 def campaign(
     preset: str, kills: int, shards: Path, folder: Path, steps: int = 30, seed: int = 0
-) -> dict[str, Any]:
-    """Kill runs at random moments until there were `kills`; resume each to its end; compare with the reference.
+) -> list[dict[str, Any]]:
+    """Kill runs until there were `kills`, each kind of moment in turn; resume each to its end; compare.
 
     Returns:
-        The counts of what was tried, resumed without help, bit-identical, and lost.
+        A row for each kind of moment: kills tried, resumed without help from the newest checkpoint there was, in runs
+        that ended bit-identical to the uninterrupted one, and checkpoints lost.
     """
-    generator = random.Random(seed)
+    generator = random.Random(f"{seed} {preset}")
     log = folder / "log"
     began = time.monotonic()
-    assert trial(settings(preset, shards, folder / "reference", steps), log, None) == 0, log.read_text()
+    assert trial(settings(preset, shards, folder / "reference", steps), log).status == 0, log.read_text()
     duration = time.monotonic() - began
     expected = outcome(folder / "reference")
-    result = {
-        "preset": preset,
-        "kills": 0,
-        "runs": 0,
-        "failed_resumes": 0,
-        "runs_bit_identical": 0,
-        "checkpoints_lost": 0,
+    rows = {
+        kind: {
+            "fault": f"SIGKILL {kind}, {preset}",
+            "tries": 0,
+            "resumed": 0,
+            "bit_identical": 0,
+            "data_lost": 0,
+        }
+        for kind in ("at a random moment", *AIMS)
     }
-    while result["kills"] < kills:
-        run = folder / f"run-{result['runs']}"
-        result["runs"] += 1
-        finished = False
-        while not finished:
-            before = acknowledged(run)
-            delay = generator.uniform(0, duration) if result["kills"] < kills else None
-            status = trial(settings(preset, shards, run, steps), log, delay)
-            finished = status is not None
-            result["kills"] += status is None
-            result["failed_resumes"] += status not in (None, 0)
-            result["checkpoints_lost"] += acknowledged(run) < before
-        found = outcome(run)
+    turns = itertools.cycle(rows)
+    number = 0
+    while sum(row["tries"] for row in rows.values()) < kills:
+        run, number = folder / f"run-{number}", number + 1
+        suffered: list[str] = []
+        went_wrong: list[str] = []
+        before = 0
+        while True:
+            config = settings(preset, shards, run, steps)
+            if sum(row["tries"] for row in rows.values()) >= kills:
+                done = trial(config, log)
+            elif (kind := next(turns)) in AIMS:
+                done = trial(config, log, aim=Aim(kind, generator.randint(1, SPREAD[kind])))
+            else:
+                done = trial(config, log, kill_after=generator.uniform(0, duration))
+            began_at = resumed_from(run).get(done.pid, before)
+            if done.status not in (None, 0) or began_at != before:
+                went_wrong += suffered[-1:]
+            if done.status is not None:
+                break
+            after = acknowledged(run)
+            rows[kind]["tries"] += 1
+            rows[kind]["data_lost"] += after < before
+            suffered.append(kind)
+            before = after
+        found = outcome(run) if done.status == 0 else None
         same = (
-            found == expected and found.steps_twice == 0 and sorted(found.losses) == list(range(1, steps + 1))
+            found == expected
+            and expected.steps_twice == 0
+            and list(expected.losses) == list(range(1, steps + 1))
         )
-        result["runs_bit_identical"] += same
-        if same:
+        for kind in suffered:
+            rows[kind]["bit_identical"] += same
+            rows[kind]["resumed"] += 1
+        for kind in went_wrong:
+            rows[kind]["resumed"] -= 1
+        if same and not went_wrong:
             shutil.rmtree(run)
-    return result
+    return list(rows.values())
+
+
+def whole(row: dict[str, Any]) -> bool:
+    """Return whether nothing in a row of the table went wrong."""
+    return bool(row["tries"] == row["resumed"] == row["bit_identical"] and row["data_lost"] == 0)
 
 
 def main() -> None:
@@ -181,24 +260,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--kills", type=int, default=20, help="for each family")
     parser.add_argument("--preset", action="append")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         shards = make_shards(Path(name))
-        results = []
+        rows = []
         for preset in options.preset or ["gpt2-10m", "gemma3-tiny"]:
             folder = Path(name) / preset
             folder.mkdir()
-            results.append(campaign(preset, options.kills, shards, folder, seed=options.seed))
-            print(json.dumps(results[-1]), flush=True)
-    good = all(
-        r["failed_resumes"] == r["checkpoints_lost"] == 0 and r["runs"] == r["runs_bit_identical"]
-        for r in results
-    )
-    print(json.dumps({"campaign": "sigkill", "seed": options.seed, "passed": good, "results": results}))
-    sys.exit(not good)
+            rows += campaign(preset, options.kills, shards, folder, seed=options.seed)
+    passed = all(whole(row) for row in rows)
+    for row in rows:
+        print("{fault:<50} {tries:>6} {resumed:>6} {bit_identical:>6} {data_lost:>6}".format(**row))
+    print(json.dumps({"campaign": "sigkill", "seed": options.seed, "rows": rows, "passed": passed}))
+    sys.exit(not passed)
 
 
 if __name__ == "__main__":
