@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -18,10 +19,14 @@ import orjson
 from ekiden.corpus.ledger import Ledger
 from ekiden.corpus.sources import SourceFile
 
-MAX_RECORD_BYTES = 64 << 20
+MAX_RECORD_BYTES = 16 << 20
 """A longer line or text is counted, not held in memory: it is a broken file far more often than a document."""
 
-TOO_LONG = "longer than 64 MB"
+MAX_CHARACTERS = 1 << 20
+"""A longer text is several documents: a unigram model takes 27 bytes of memory a byte of text, and its float32 sums
+lose the difference between pieces over tens of megabytes."""
+
+TOO_LONG = "longer than 16 MB"
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -88,10 +93,13 @@ def read_documents(
 ) -> Iterator[str]:
     """Yield the texts of the records that begin in [start, end) of `file`, and count every record in `ledger`.
 
+    `ledger.position` follows the bytes of the file that were read.
+
     Args:
         start, end: bytes of a plain file, row groups of a parquet file; a .gz or .zst file is read as a whole.
         txt_documents: 'blank-line' (text between blank lines) or 'file' (a .txt file is one document).
     """
+    ledger.position = 0
     if file.format == ".parquet":
         yield from _parquet(file, ledger, start, end)
     elif file.format == ".txt" and txt_documents == "file":
@@ -104,6 +112,22 @@ def read_documents(
             yield from _jsonl(file.path, data, ledger, end if end is not None else file.size)
     else:
         yield from _compressed(file, ledger)
+
+
+def divide(text: str) -> list[str]:
+    """Return `text`, or where it is longer than MAX_CHARACTERS the documents that together are it.
+
+    Cut after the last blank line, else the last line, else the last space in the second half of what may stay
+    together; a text without any is cut where it must.
+    """
+    pieces, start = [], 0
+    while len(text) - start > MAX_CHARACTERS:
+        middle, limit = start + MAX_CHARACTERS // 2, start + MAX_CHARACTERS
+        ends = (text.rfind(mark, middle, limit) + len(mark) for mark in ("\n\n", "\n", " "))
+        end = next((end for end in ends if end > middle), limit)
+        pieces.append(text[start:end])
+        start = end
+    return [*pieces, text[start:]] if pieces else [text]
 
 
 def align(data: IO[bytes], start: int) -> None:
@@ -133,7 +157,10 @@ def _jsonl(
     offset = 0 if number_records else data.tell()
     if end is not None and offset >= end:
         return
+    begin = offset
     for number, (line, size) in enumerate(_lines(data), start=1):
+        if not number_records:
+            ledger.position = offset + size - begin
         place = number if number_records else offset
         if line is not None and number == 1 and offset == 0:
             line = line.removeprefix(_BOM)
@@ -156,22 +183,31 @@ def _jsonl(
 def _compressed(file: SourceFile, ledger: Ledger) -> Iterator[str]:
     """Yield the texts of a .jsonl.gz or .jsonl.zst file; a damaged rest is one rejected record."""
     import isal.igzip
-    import zstandard
+    import pyarrow
 
     before = ledger.read
-    try:
-        opener: Any = isal.igzip.open if file.format.endswith(".gz") else zstandard.open
-        with io.BufferedReader(opener(file.path, "rb"), 1 << 20) as lines:
-            yield from _jsonl(file.path, lines, ledger, None, number_records=True)
-    except (OSError, EOFError, zstandard.ZstdError, ValueError):
-        ledger.reject("damaged compressed file", file.path, ledger.read - before + 1)
+    with pyarrow.OSFile(file.path) as packed:
+        try:
+            if file.format.endswith(".gz"):
+                plain: Any = isal.igzip.IGzipFile(fileobj=packed, mode="rb")
+            else:
+                # Not through the zstandard module: it takes a file that was cut off for a whole one.
+                plain = pyarrow.CompressedInputStream(packed, "zstd")
+            with io.BufferedReader(plain, 1 << 18) as lines:
+                for text in _jsonl(file.path, lines, ledger, None, number_records=True):
+                    ledger.position = packed.tell()
+                    yield text
+        except (OSError, EOFError, isal.igzip.BadGzipFile, zlib.error):
+            ledger.reject("damaged compressed file", file.path, ledger.read - before + 1)
 
 
 def _whole_file(file: SourceFile, ledger: Ledger) -> Iterator[str]:
     if file.size > MAX_RECORD_BYTES:
         ledger.reject(TOO_LONG, file.path, 0)
         return
-    yield from _text(Path(file.path).read_bytes().removeprefix(_BOM), file, ledger, 0)
+    data = Path(file.path).read_bytes()
+    ledger.position = len(data)
+    yield from _text(data.removeprefix(_BOM), file, ledger, 0)
 
 
 def _text(data: bytes, file: SourceFile, ledger: Ledger, offset: int) -> Iterator[str]:
@@ -219,6 +255,7 @@ def _paragraphs(file: SourceFile, ledger: Ledger, start: int, end: int) -> Itera
             elif position >= end:
                 return
             position += length
+            ledger.position = max(0, position - start)
         if parts:
             yield from _paragraph(parts, size, file, ledger, begin)
 
@@ -236,27 +273,54 @@ def _parquet(file: SourceFile, ledger: Ledger, start: int, end: int | None) -> I
     from pyarrow import parquet
 
     try:
-        table = parquet.ParquetFile(file.path)
-        groups = list(range(start, table.num_row_groups if end is None else min(end, table.num_row_groups)))
-        row = sum(table.metadata.row_group(group).num_rows for group in range(start))
-        if "text" not in table.schema_arrow.names:
-            for group in groups:
-                for _ in range(table.metadata.row_group(group).num_rows):
+        # Read in blocks, and few long texts at once: a row group may be larger than the memory.
+        table = parquet.ParquetFile(file.path, buffer_size=1 << 20, pre_buffer=False)
+        metadata = table.metadata
+        last = metadata.num_row_groups if end is None else min(end, metadata.num_row_groups)
+        row = sum(metadata.row_group(group).num_rows for group in range(start))
+        first, has_text = row, "text" in table.schema_arrow.names
+        for group in range(start, last):
+            rows = max(1, metadata.row_group(group).num_rows)
+            if not has_text:
+                for _ in range(metadata.row_group(group).num_rows):
                     row += 1
                     ledger.reject("no text field", file.path, row)
-            return
-        for batch in table.iter_batches(1024, row_groups=groups, columns=["text"]):
-            for value in batch.column(0).to_pylist():
-                row += 1
-                try:
-                    text = checked(value)
-                except Rejected as reason:
-                    ledger.reject(str(reason), file.path, row)
-                else:
-                    ledger.keep()
-                    yield text
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError):
+                continue
+            at_once = max(1, min(1024, (1 << 20) * rows // max(1, metadata.row_group(group).total_byte_size)))
+            for batch in table.iter_batches(at_once, row_groups=[group], columns=["text"]):
+                for value in _values(batch.column(0)):
+                    row += 1
+                    ledger.position = file.size * (row - first) // max(1, metadata.num_rows)
+                    yield from _value(value, file, ledger, row)
+    except (pyarrow.ArrowException, OSError):
         ledger.reject("damaged parquet file", file.path, ledger.read + 1)
+
+
+def _values(column: Any) -> list[Any]:
+    """Return the values of an Arrow column, strings as bytes: one that is not UTF-8 must not cost its neighbours."""
+    import pyarrow
+
+    kind = column.type
+    if pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind):
+        column = column.cast(pyarrow.large_binary())
+    return column.to_pylist()
+
+
+def _value(value: Any, file: SourceFile, ledger: Ledger, row: int) -> Iterator[str]:
+    """Yield the text of one value of a parquet column, or count it as rejected."""
+    if isinstance(value, bytes) and len(value) <= MAX_RECORD_BYTES:
+        yield from _text(value, file, ledger, row)
+        return
+    try:
+        text = checked(value) if not isinstance(value, bytes) else None
+    except Rejected as reason:
+        ledger.reject(str(reason), file.path, row)
+        return
+    if text is None:
+        ledger.reject(TOO_LONG, file.path, row)
+    else:
+        ledger.keep()
+        yield text
 
 
 def row_groups(file: SourceFile) -> int:

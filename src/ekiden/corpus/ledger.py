@@ -16,13 +16,17 @@ class Ledger:
 
     Attributes:
         read: records met. kept: documents they yielded. rejected: records by reason; read == kept + sum(rejected).
+        divided: documents more than texts kept, where long texts were divided.
         examples: the first few (file, byte offset) by reason.
+        position: input bytes read of the part being read; for progress, no part of the account.
     """
 
     read: int = 0
     kept: int = 0
+    divided: int = 0
     rejected: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[tuple[str, int]]] = field(default_factory=dict)
+    position: int = field(default=0, compare=False)
 
     def keep(self) -> None:
         """Count a document."""
@@ -41,6 +45,7 @@ class Ledger:
         """Take over the counts of a later part."""
         self.read += other.read
         self.kept += other.kept
+        self.divided += other.divided
         self.rejected.update(other.rejected)
         for reason, places in other.examples.items():
             mine = self.examples.setdefault(reason, [])
@@ -51,6 +56,7 @@ class Ledger:
         return {
             "read": self.read,
             "kept": self.kept,
+            "divided": self.divided,
             "rejected": dict(self.rejected),
             "examples": self.examples,
         }
@@ -62,17 +68,25 @@ class Ledger:
             reason: [(file, offset) for file, offset in places]
             for reason, places in value["examples"].items()
         }
-        return cls(value["read"], value["kept"], Counter(value["rejected"]), examples)
+        return cls(value["read"], value["kept"], value["divided"], Counter(value["rejected"]), examples)
 
     def describe(self) -> list[str]:
         """Return a line for each reason: count and where the first ones are, as file:line."""
         lines = []
         for reason, count in sorted(self.rejected.items()):
-            places = ", ".join(
-                f"{file}:{line_number(file, offset)}" for file, offset in self.examples.get(reason, [])
-            )
+            places = ", ".join(place(file, offset) for file, offset in self.examples.get(reason, []))
             lines.append(f"{count:,} rejected: {reason} ({places})")
+        if self.divided:
+            lines.append(f"long texts were divided: {self.divided:,} documents more than texts")
         return lines
+
+
+def place(file: str, offset: int) -> str:
+    """Return 'file:line' for a byte offset; the offset itself where the file is not there any more."""
+    try:
+        return f"{file}:{line_number(file, offset)}"
+    except OSError:
+        return f"{file} at byte {offset}"
 
 
 def line_number(file: str, offset: int) -> int:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ekiden.errors import UserError
+from ekiden.progress import say
 
 FORMATS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt")
 _COMPRESSED = (".gz", ".zst", ".parquet")
@@ -17,11 +18,12 @@ _COMPRESSED = (".gz", ".zst", ".parquet")
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One file: where it is, its size in bytes, one of FORMATS."""
+    """One file: where it is, its size in bytes, one of FORMATS, its name below the corpus (for saying, and identity)."""
 
     path: str
     size: int
     format: str
+    name: str = ""
 
 
 def file_format(path: Path) -> str | None:
@@ -90,9 +92,17 @@ def _files(path: Path) -> list[SourceFile]:
         kind = file_format(path)
         if kind is None:
             raise UserError(f"corpus file {path} is none of {', '.join(FORMATS)}; convert or rename it")
-        return [SourceFile(str(path), path.stat().st_size, kind)]
-    return [
-        SourceFile(str(file), file.stat().st_size, kind)
-        for file in sorted(path.rglob("*"))
-        if file.is_file() and not file.name.startswith(".") and (kind := file_format(file))
-    ]
+        return [SourceFile(str(path), path.stat().st_size, kind, path.name)]
+    found, skipped = [], []
+    for file in sorted(path.rglob("*")):
+        if not file.is_file() or file.name.startswith("."):
+            continue
+        if kind := file_format(file):
+            found.append(SourceFile(str(file), file.stat().st_size, kind, file.relative_to(path).as_posix()))
+        else:
+            skipped.append(file.relative_to(path).as_posix())
+    if skipped:
+        names = ", ".join(skipped[:3]) + (", ..." if len(skipped) > 3 else "")
+        count = "1 file is" if len(skipped) == 1 else f"{len(skipped):,} files are"
+        say(f"{path}: {count} not read, being none of {', '.join(FORMATS)}: {names}")
+    return found

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 from bisect import bisect_right
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -26,6 +27,8 @@ from ekiden.tokenizer.load import Tokenizer, load_tokenizer
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "test")
+MAX_MAPS = 128
+"""Shards mapped at once: each map holds a file descriptor, of which many systems give a process 1,024."""
 
 
 @dataclass
@@ -63,14 +66,17 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 
 
 class ShardWriter:
-    """Writes one shard: ids and offsets, under temporary names until `finish`, a document's memory at a time."""
+    """Writes one shard: ids and offsets, under temporary names until `finish`, a document's memory at a time.
+
+    The temporary names are this writer's own: a worker that outlived a killed build must not write into the files of
+    the next one.
+    """
 
     def __init__(self, folder: Path, name: str, dtype: np.dtype[Any]) -> None:
         self.folder, self.name, self.dtype = folder, name, dtype
-        self._files = {
-            suffix: (folder / f".{name}{suffix}.tmp").open("wb", buffering=1 << 20)
-            for suffix in (".bin", ".idx")
-        }
+        own = secrets.token_hex(4)
+        self._temporary = {suffix: folder / f".{name}-{own}{suffix}.tmp" for suffix in (".bin", ".idx")}
+        self._files = {suffix: path.open("wb", buffering=1 << 18) for suffix, path in self._temporary.items()}
         self._files[".idx"].write(bytes(8))
         self.tokens = self.documents = self.bytes = 0
 
@@ -89,7 +95,7 @@ class ShardWriter:
             file.flush()
             os.fsync(file.fileno())
             file.close()
-            temporary = self.folder / f".{self.name}{suffix}.tmp"
+            temporary = self._temporary[suffix]
             if not self.documents:
                 temporary.unlink()
                 continue
@@ -113,6 +119,8 @@ class TokenStream:
 
     def _map(self, index: int) -> np.ndarray:
         if index not in self._maps:
+            if len(self._maps) >= MAX_MAPS:
+                self._maps.clear()
             path = self._folder / f"{self._shards[index].name}.bin"
             self._maps[index] = np.memmap(path, dtype=self._dtype, mode="r")
         return self._maps[index]

@@ -1,0 +1,229 @@
+"""The plan of a build: which records make which shard, which go into the test split, which a sample keeps.
+
+Everything here is arithmetic on the names and sizes of the corpus's files (and, for `--dataset-size`, a look into
+them), never on the number of workers: any executor gives the same shards. `build` carries the plan out.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from ekiden.corpus.documents import read_documents, row_groups
+from ekiden.corpus.ledger import Ledger
+from ekiden.corpus.sources import SourceFile, is_compressed
+from ekiden.errors import UsageError
+from ekiden.tokenizer.load import Tokenizer
+
+UNIT_BYTES = 8 << 20
+"""Input of one shard: 10 units of an 80 MB corpus keep 4 workers busy to the end; with 32 MB 2 of them idled."""
+
+MAX_UNITS = 256
+"""Units of a language where its files can be cut: beyond 2 GB they grow, so that 20 GB is not 2,500 pairs of files."""
+
+TEST_BYTES, MAX_TEST_SPLIT = 100_000, 0.05
+"""A small language keeps about this much text for evaluation (else it could not be measured), at most this share."""
+
+_SAMPLED_UNITS, _SAMPLED_BYTES, _ENCODED_CHARACTERS = 12, 4 << 20, 150_000
+_BLOCK, _BLOCKS = 4096, 64
+
+
+@dataclass(frozen=True)
+class Part:
+    """Records that begin in [start, end) of a file (bytes; row groups of a parquet file); `bytes` of it, about."""
+
+    file: SourceFile
+    start: int
+    end: int | None
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Unit:
+    """The input of one pair of shards: parts of one language, in order; `bytes` of input, about."""
+
+    language: str
+    number: int
+    parts: tuple[Part, ...]
+    bytes: int
+
+    @property
+    def name(self) -> str:
+        """Name of its receipt."""
+        return f"{self.language}-{self.number:05d}"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the bytes of the shards, apart from the corpus and the tokenizer."""
+
+    test_split: dict[str, float]
+    keep_fraction: float
+    txt_documents: str
+
+
+def plan_units(sources: dict[str, list[SourceFile]]) -> list[Unit]:
+    """Cut the corpus into units of UNIT_BYTES or a little more; plain files in byte ranges, small files together."""
+    units = []
+    for language, source_files in sources.items():
+        wanted = max(UNIT_BYTES, -(-sum(file.size for file in source_files) // MAX_UNITS))
+        parts: list[Part] = []
+        size = number = 0
+        for part in (part for file in source_files for part in cut(file, wanted)):
+            parts.append(part)
+            size += part.bytes
+            if size >= wanted:
+                units.append(Unit(language, number, tuple(parts), size))
+                parts, size, number = [], 0, number + 1
+        if parts:
+            units.append(Unit(language, number, tuple(parts), size))
+    return units
+
+
+def cut(file: SourceFile, unit_bytes: int) -> Iterator[Part]:
+    """Yield the parts of one file, none much larger than `unit_bytes` where the format allows it."""
+    if file.format == ".parquet":
+        count = row_groups(file)
+        step = max(1, count * unit_bytes // max(1, file.size))
+        for first in range(0, count, step):
+            last = min(first + step, count)
+            yield Part(file, first, last, file.size * (last - first) // count)
+    elif is_compressed(file.path):
+        yield Part(file, 0, None, file.size)
+    else:
+        for start in range(0, max(1, file.size), unit_bytes):
+            end = min(start + unit_bytes, file.size)
+            yield Part(file, start, end, end - start)
+
+
+def test_splits(sources: dict[str, list[SourceFile]], asked: float) -> dict[str, float]:
+    """Return the share of each language's documents that is kept for evaluation, from the sizes of its files."""
+    sizes = {language: max(1, sum(f.size for f in found)) for language, found in sources.items()}
+    return {
+        language: max(asked, min(MAX_TEST_SPLIT, TEST_BYTES / size)) if asked else 0.0
+        for language, size in sizes.items()
+    }
+
+
+# -- a sample of so many tokens ------------------------------------------------------------------------------
+
+
+def keep_fraction(
+    size: str | int | None, units: list[Unit], tokenizer: Tokenizer, txt_documents: str
+) -> float:
+    """Return the share of documents that gives `size` tokens; 1 where all are wanted, or the corpus has no more.
+
+    Raises:
+        UsageError: `size` is no number of tokens.
+    """
+    if size is None:
+        return 1.0
+    wanted = parse_count(size)
+    tokens = estimated_tokens(units, tokenizer, txt_documents)
+    return min(1.0, wanted / tokens) if tokens else 1.0
+
+
+def parse_count(size: str | int) -> int:
+    """Return the number in '10k', '1.5M', '2B', or a number.
+
+    Raises:
+        UsageError: it is none, or below 1.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kKMB]?)", str(size))
+    count = int(float(match[1]) * {"": 1, "k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9}[match[2]]) if match else 0
+    if count < 1:
+        raise UsageError(f"--dataset-size must be tokens such as 10k, 1M or 1B, not {size!r}")
+    return count
+
+
+def estimated_tokens(units: list[Unit], tokenizer: Tokenizer, txt_documents: str) -> float:
+    """Return about how many tokens the corpus has, from a look into some units of every language.
+
+    Two ratios a language: bytes of text for each byte of file (markup, other fields, compression), and tokens for
+    each byte of text, of which a smaller sample will do.
+    """
+    total = 0.0
+    for language in {unit.language for unit in units}:
+        mine = [unit for unit in units if unit.language == language]
+        step = max(1, len(mine) // _SAMPLED_UNITS)
+        read = text_bytes = encoded_bytes = tokens = 0
+        for unit in mine[step // 2 :: step]:
+            looked_at, texts, document_bytes = _look_into(unit.parts[0], txt_documents)
+            read += looked_at
+            text_bytes += document_bytes
+            encoded_bytes += sum(len(text.encode()) for text in texts)
+            tokens += sum(len(ids) + 2 for ids in tokenizer.encode_batch(texts))
+        if encoded_bytes and read:
+            total += sum(unit.bytes for unit in mine) * (text_bytes / read) * (tokens / encoded_bytes)
+    return total
+
+
+def _look_into(part: Part, txt_documents: str) -> tuple[int, list[str], int]:
+    """Return (input bytes read, the beginnings of some of their texts, bytes of all their texts)."""
+    ledger, texts, characters, size = Ledger(), list[str](), 0, 0
+    documents = read_documents(part.file, ledger, part.start, part.end, txt_documents)
+    for text in documents:
+        size += len(text.encode())
+        if characters < _ENCODED_CHARACTERS:
+            texts.append(text[:20_000])
+            characters += len(texts[-1])
+        if ledger.position >= _SAMPLED_BYTES:
+            break
+    return ledger.position, texts, size
+
+
+# -- what a build is of --------------------------------------------------------------------------------------
+
+
+def identity_of(
+    sources: dict[str, list[SourceFile]], tokenizer: Tokenizer, settings: Settings
+) -> dict[str, Any]:
+    """Return what a build is of: its files by name, size and a look at their bytes, the tokenizer, the settings.
+
+    Neither folders nor times count, so that a corpus may be moved or copied between two starts of a build.
+    """
+    return {
+        "files": {
+            f"{language}: {file.name}": [file.size, quick_hash(Path(file.path), file.size)]
+            for language, source_files in sources.items()
+            for file in source_files
+        },
+        "tokenizer": tokenizer.sha256,
+        "unit_bytes": UNIT_BYTES,
+        **asdict(settings),
+    }
+
+
+def quick_hash(path: Path, size: int) -> str:
+    """Return the xxh3-64 of a file up to 256 KB; of a larger one, of 64 blocks spread evenly from head to tail."""
+    hashes = xxhash.xxh3_64()
+    with path.open("rb") as file:
+        if size <= _BLOCK * _BLOCKS:
+            hashes.update(file.read())
+        else:
+            for number in range(_BLOCKS):
+                file.seek((size - _BLOCK) * number // (_BLOCKS - 1))
+                hashes.update(file.read(_BLOCK))
+    return hashes.hexdigest()
+
+
+def difference(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """Return in words what the first difference of two identities is; '' where they are the same."""
+    before, after = old.get("files", {}), new["files"]
+    for name in after:
+        if name not in before:
+            return f"{name} was not in the corpus then"
+        if list(before[name]) != list(after[name]):
+            return f"{name} has changed since"
+    if missing := next((name for name in before if name not in after), None):
+        return f"{missing} was in the corpus then"
+    words = {"tokenizer": "the tokenizer was another", "unit_bytes": "another version of the program made it"}
+    for name in sorted(new.keys() | old.keys()):
+        if old.get(name) != new.get(name):
+            return words.get(name, f"{name} was {old.get(name)} then and is {new.get(name)} now")
+    return ""
