@@ -72,6 +72,7 @@ for command in (
     training.train,
     models.evaluate,
     models.generate,
+    models.export,
     checkpoints.checkpoint,
 ):
     cli.add_command(command)

@@ -1,4 +1,4 @@
-"""The verbs that use a trained model: `evaluate`, `generate`."""
+"""The verbs that use a trained model: `evaluate`, `generate`, `export`."""
 
 from __future__ import annotations
 
@@ -79,3 +79,42 @@ def generate(
     from ekiden.generation import run_generate
 
     run_generate(model_path, list(prompts), interactive=interactive, device=device, **settings)
+
+
+@click.command(context_settings=CONTEXT)
+@click.argument("model")
+@click.option(
+    "--format",
+    "output_format",
+    required=True,
+    help="hf: folder for transformers; gguf: file for llama.cpp; gemma-pytorch: .ckpt for google/gemma_pytorch.",
+)
+@click.option("--output", required=True, help="Folder (hf) or file to write: NAME.gguf, NAME.ckpt.")
+@click.option(
+    "--dtype",
+    default="fp32",
+    show_default=True,
+    help="Of the stored weights: fp32, bf16, fp16; with gguf also q8_0.",
+)
+@click.option(
+    "--check-text",
+    help="gguf: .txt, .jsonl or .parquet file on which llama.cpp's tokens are compared with the model's before the file "
+    "counts. Default: the run's test split.",
+)
+@click.option(
+    "--push-to-hub",
+    "push_repository",
+    metavar="OWNER/NAME",
+    help="Upload the result; a new repository is private.",
+)
+def export(model: str, **options: Any) -> None:
+    """Write MODEL in the format of another program.
+
+    MODEL is a run directory, a checkpoint or a Hugging Face folder.
+
+    Example: ekiden export run --format gguf --output model.gguf --dtype q8_0
+    """
+    from ekiden.export.command import export_model
+
+    for line in export_model(model, **options):
+        click.echo(line)

@@ -1,30 +1,34 @@
 """A trained model as a Hugging Face folder that plain transformers loads: checkpoints, best/ and exports are such.
 
 Takes a model and the tokenizer it was trained with. The trainer writes `model_folder_files` beside its weights
-through the checkpoint store; `export_huggingface` writes a whole folder, in fp32 or 16 bit, for somebody else.
+through the checkpoint store; `export_huggingface` writes a whole folder, in fp32 or 16 bit, in several files where
+one would be too large, for somebody else.
 """
 
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import split_torch_state_dict_into_shards
 from transformers import PreTrainedModel
 
+from ekiden.checkpoint import files
 from ekiden.checkpoint.manifest import NAME as MANIFEST
 from ekiden.checkpoint.manifest import Damaged, read_manifest
-from ekiden.checkpoint.store import CheckpointWriter, replace_folder
+from ekiden.checkpoint.store import CheckpointError, CheckpointWriter, replace_folder
 from ekiden.errors import UserError
-from ekiden.modeling.build import parameter_counts
-from ekiden.progress import human_count
+from ekiden.export.card import RunFacts, model_card
 from ekiden.tokenizer.huggingface import huggingface_files
 from ekiden.tokenizer.load import Tokenizer
 
-WEIGHTS = "model.safetensors"
+WEIGHTS, INDEX, CARD = "model.safetensors", "model.safetensors.index.json", "README.md"
+SHARD_BYTES = 5_000_000_000
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -54,7 +58,7 @@ def model_folder_files(
     return {
         "config.json": _json(_config(model, dtype)),
         "generation_config.json": _json(_generation_config(tokenizer)),
-        "README.md": model_card(model, tokenizer).encode(),
+        CARD: model_card(model, tokenizer).encode(),
         **huggingface_files(tokenizer, context_length(model)),
     }
 
@@ -86,41 +90,25 @@ def _generation_config(tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def model_card(model: PreTrainedModel, tokenizer: Tokenizer) -> str:
-    """Return a README that says what the folder is and how to load it."""
-    blocks, embedding = parameter_counts(model)
-    begin = "" if tokenizer.bos_id is None else f"id {tokenizer.bos_id}, then "
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
----
-# A {type(model).__name__} trained from scratch with Ekiden
-
-{human_count(blocks)} parameters in blocks, {human_count(embedding)} in the embedding (shared with the output).
-{tokenizer.vocab_size} pieces ({tokenizer.kind}, {tokenizer.model_type}), context of {context_length(model)} tokens.
-A base model: it continues text and follows no instructions. It has read each document as {begin}its text.
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("PATH")
-model = AutoModelForCausalLM.from_pretrained("PATH")
-```
-"""
-
-
 def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
 def export_huggingface(
-    model: PreTrainedModel, tokenizer: Tokenizer, target: str | Path, dtype: str = "fp32"
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    target: str | Path,
+    dtype: str = "fp32",
+    facts: RunFacts | None = None,
+    shard_bytes: int = SHARD_BYTES,
 ) -> Path:
     """Write `model` with `tokenizer` as the folder `target`, whole or not at all; return the folder.
 
     Args:
-        target: created, or replaced where it is an earlier export.
+        target: created, or replaced where it is an earlier export whose card nobody has edited.
         dtype: of the stored weights: fp32, bf16 or fp16.
+        facts: of the run, for the model card.
+        shard_bytes: weights above this are split into files of at most as much (a larger tensor has its own).
 
     Raises:
         UserError: `target` holds other files, cannot be written, or a weight is not finite in `dtype`.
@@ -131,39 +119,60 @@ def export_huggingface(
     _check_target(folder)
     tensors = model_tensors(model, DTYPES[dtype])
     contents = model_folder_files(model, tokenizer, DTYPES[dtype])
+    card = model_card(model, tokenizer, facts).encode()
+    del contents[CARD]
 
     def write(writer: CheckpointWriter) -> None:
         for name, content in contents.items():
             writer.bytes(name, content)
-        writer.tensors(WEIGHTS, tensors, metadata={"format": "pt"})
+        _write_weights(writer, tensors, shard_bytes)
+        # Outside the manifest: whoever publishes the model edits its card, which must not count as damage.
+        with files.DurableFile(writer.folder / CARD) as file:
+            file.write(card)
 
     try:
         folder.absolute().parent.mkdir(parents=True, exist_ok=True)
-        replace_folder(folder.absolute(), write, {"dtype": dtype})
-    except OSError as error:
-        raise UserError(
-            f"--output {folder} cannot be written ({error.strerror or error}); give another place"
-        ) from None
+        about = {"dtype": dtype, "card": hashlib.sha256(card).hexdigest(), "step": facts.step if facts else 0}
+        replace_folder(folder.absolute(), write, about)
+    except (OSError, CheckpointError) as error:
+        reason = files.reason(error) if isinstance(error, OSError) else str(error)
+        raise UserError(f"--output {folder} cannot be written ({reason}); give another place") from None
     return folder
+
+
+def _write_weights(writer: CheckpointWriter, tensors: dict[str, torch.Tensor], shard_bytes: int) -> None:
+    """Write one safetensors file, or several and the index that says which tensor is where."""
+    split = split_torch_state_dict_into_shards(tensors, max_shard_size=shard_bytes)
+    for filename, names in split.filename_to_tensors.items():
+        writer.tensors(filename, {name: tensors[name] for name in names}, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        writer.bytes(INDEX, _json(index))
 
 
 def _check_target(folder: Path) -> None:
     """Refuse a folder that holds anything but an earlier export: it is going to be replaced.
 
     Raises:
-        UserError: it does, or it is a file.
+        UserError: it does, its card was edited, or it is a file.
     """
     if not folder.exists():
         return
     if not folder.is_dir():
         raise UserError(f"--output {folder} is a file; give the folder to write")
     found = {path.name for path in folder.iterdir()}
-    try:
-        known = {MANIFEST, *read_manifest(folder).files} if found else set()
-    except Damaged:
-        known = set()
+    known: set[str] = set()
+    card = None
+    if found:
+        try:
+            manifest = read_manifest(folder)
+            known, card = {MANIFEST, CARD, *manifest.files}, manifest.run.get("card")
+        except Damaged:
+            pass
     if found - known:
         raise UserError(
             f"--output {folder} holds files that are not an earlier export's ({min(found - known)}); "
             "give a new folder"
         )
+    if card and CARD in found and hashlib.sha256((folder / CARD).read_bytes()).hexdigest() != card:
+        raise UserError(f"--output {folder} holds a {CARD} that was edited; give a new folder")
