@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from ekiden.errors import UserError
 from ekiden.export.huggingface import export_huggingface, model_folder_files
+from ekiden.export.load import load_model
 from ekiden.generation import continuation, generate
 from small_models import TEXT, small_model
 
@@ -138,3 +139,54 @@ def test_tokenizers_without_special_ids(tmp_path):
     ids = torch.arange(20).unsqueeze(0)
     with torch.no_grad():
         assert torch.allclose(other(ids).logits, model(ids, use_cache=False).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_large_models_are_several_files(dtype, tokenizer, tmp_path):
+    model = small_model("gemma3-tiny", tokenizer)
+    export_huggingface(model, tokenizer, tmp_path / "whole", dtype)
+    export_huggingface(model, tokenizer, tmp_path / "out", dtype, shard_bytes=40_000)
+    files = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
+    assert len(files) > 3
+    assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    largest = max(weight.numel() * weight.element_size() for weight in model.parameters())
+    for name in files:
+        assert (tmp_path / "out" / name).stat().st_size < max(40_000, largest) + 8_000
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == {name for name, _ in model.named_parameters()}
+    assert set(index["weight_map"].values()) == set(files)
+    whole, other = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype="auto") for name in ("whole", "out")
+    )
+    for one, two in zip(whole.parameters(), other.parameters(), strict=True):
+        assert torch.equal(one, two)
+    assert load_model(tmp_path / "out", "cpu").model.config.vocab_size == 340
+    export_huggingface(model, tokenizer, tmp_path / "out", dtype)
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.safetensors*")) == ["model.safetensors"]
+
+
+def test_an_edited_card_is_neither_damage_nor_lost(tokenizer, tmp_path):
+    model, target = small_model("gemma3-tiny", tokenizer), tmp_path / "out"
+    export_huggingface(model, tokenizer, target)
+    with (target / "README.md").open("a") as file:
+        file.write("My licence.")
+    assert load_model(target, "cpu").path == target
+    with pytest.raises(UserError, match=r"holds a README.md that was edited"):
+        export_huggingface(model, tokenizer, target)
+    assert (target / "README.md").read_text().endswith("My licence.")
+    (target / "README.md").unlink()
+    export_huggingface(model, tokenizer, target)
+    assert (target / "README.md").is_file()
+
+
+def test_a_disk_that_fails_is_one_sentence(tokenizer, tmp_path, monkeypatch):
+    from ekiden.checkpoint import files
+
+    def fail(operation, path):
+        if operation == "fsync" and path.name.endswith(".safetensors"):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files, "fault_hook", fail)
+    with pytest.raises(UserError, match="the disk is full"):
+        export_huggingface(small_model("gemma3-tiny", tokenizer), tokenizer, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []

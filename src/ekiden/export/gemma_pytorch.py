@@ -70,8 +70,6 @@ def _check_model(model: PreTrainedModel) -> None:
     local, full = (config.rope_parameters[f"{kind}_attention"] for kind in ("sliding", "full"))
     if {local["rope_type"], full["rope_type"]} != {"default"}:
         problem = "its text model does not scale positions (rope_scaling_factor)"
-    elif config.hidden_size % config.num_attention_heads:
-        problem = f"{config.num_attention_heads} heads do not divide its width of {config.hidden_size}"
     elif not config.tie_word_embeddings:
         problem = "its output matrix is the embedding's"
     elif config.hidden_activation != "gelu_pytorch_tanh":

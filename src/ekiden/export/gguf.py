@@ -167,7 +167,7 @@ def _add_gemma3(writer: Any, config: Any) -> None:
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(full["rope_theta"])
     if full["rope_type"] == "linear":
-        writer.add_rope_scaling_type("linear")
+        writer.add_rope_scaling_type(_package().RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(full["factor"])
     if config.final_logit_softcapping:
         writer.add_final_logit_softcapping(config.final_logit_softcapping)
