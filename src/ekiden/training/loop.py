@@ -21,7 +21,7 @@ from ekiden.evaluation.samples import sample_texts
 from ekiden.progress import Progress, human_count, human_duration, say
 from ekiden.training.history import History
 from ekiden.training.interruption import Interruption
-from ekiden.training.memory import OutOfMemory, memory_bytes, run_within_memory, try_step
+from ekiden.training.memory import OutOfMemory, is_out_of_memory, memory_bytes, run_within_memory, try_step
 from ekiden.training.optimizer import learning_rate
 from ekiden.training.rundir import RunDirectory, TrainResult
 from ekiden.training.saving import Saving
@@ -52,6 +52,10 @@ def train(config: TrainConfig) -> TrainResult:
                 return Trainer(config, run, interruption).run_to_end()
             except BaseException as error:
                 write_failure(run, error)
+                if is_out_of_memory(error):
+                    raise UserError(
+                        f"the memory is used up ({error}); lower --max-length or choose a smaller preset, and run again"
+                    ) from None
                 raise
 
 

@@ -6,6 +6,7 @@ before the first step it tries a whole step on throw-away figures, so that most 
 
 from __future__ import annotations
 
+import errno
 import gc
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import numpy as np
 import psutil
 import torch
 
+from ekiden.errors import UserError
 from ekiden.modeling.build import head_weight, hidden_states
 from ekiden.modeling.device import Precision
 from ekiden.modeling.loss import chunked_cross_entropy
@@ -38,7 +40,7 @@ def run_within_memory(work: Callable[[], T]) -> T | OutOfMemory:
     """Return what `work` returns, or that it ran out of memory, with what it had allocated given back."""
     try:
         return work()
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError, OSError) as error:
         if not is_out_of_memory(error):
             raise
         problem = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -51,6 +53,10 @@ def run_within_memory(work: Callable[[], T]) -> T | OutOfMemory:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether `error` is an allocator's, on any device."""
+    if isinstance(error, UserError):
+        return False  # already a sentence
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
         sign in str(error) for sign in OUT_OF_MEMORY
     )
