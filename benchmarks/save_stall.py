@@ -3,8 +3,9 @@
     python benchmarks/save_stall.py --preset gpt2-10m --slow-mb-per-s 20
 
 The same run, without saves and with one every few steps: written beside training (the default) and with training
-waiting; on the disk as it is and with files taking as long to be durable as on a disk of the given speed. Steps alternate between the settings
-inside one process, so that a busy machine is busy for all. The last line printed is one JSON object.
+waiting; on the disk as it is and with files taking as long to be durable as on a disk of the given speed. Steps
+alternate between the settings inside one process, so that a busy machine is busy for all. The last line printed is
+one JSON object.
 """
 
 from __future__ import annotations

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
 import torch
 
-from ekiden import generation
 from ekiden.errors import UsageError, UserError
 from ekiden.export.huggingface import export_huggingface
 from ekiden.generation import (
@@ -14,10 +15,12 @@ from ekiden.generation import (
     continuation,
     converse,
     generate,
+    interactive,
     next_tokens,
     prompt_ids,
     run_generate,
     stream,
+    streaming,
 )
 from small_models import small_model, small_tokenizer
 
@@ -210,7 +213,7 @@ class Scripted:
 
     def __init__(self, monkeypatch, ids):
         steps = [[number] for number in ids]
-        monkeypatch.setattr(generation, "next_tokens", lambda *_arguments: iter(steps))
+        monkeypatch.setattr(streaming, "next_tokens", lambda *_arguments: iter(steps))
 
 
 def test_a_stream_never_splits_a_character(tokenizer, model, monkeypatch):
@@ -289,9 +292,9 @@ def test_a_conversation_goes_on_from_the_text_so_far(model, tokenizer):
 def test_commands(model, tokenizer):
     said = talk(model, tokenizer, "/temperature 0.25", "/top-k 7", "/settings")
     assert "temperature 0.25\n" in said
-    assert "top-k 7\nmax-new-tokens 6\ntemperature 0.25\ntop-k 7\ntop-p 0.95\n" in said
+    assert "top-k 7\nmax-new-tokens 6\ntemperature 0.25\ntop-k 7\ntop-p 0.95\nmin-p 0.0\n" in said
     assert "/temperature needs a number, as /temperature 0.8" in talk(model, tokenizer, "/temperature warm")
-    assert "/seed needs a number" in talk(model, tokenizer, "/seed")
+    assert "/seed needs a whole number, as /seed 2" in talk(model, tokenizer, "/seed")
     assert "--top-p must be above 0" in talk(model, tokenizer, "/top-p 7")
     assert "there is no /temprature; did you mean 'temperature'?" in talk(model, tokenizer, "/temprature 1")
     help_page = talk(model, tokenizer, "/help")
@@ -313,7 +316,7 @@ def test_an_interrupted_text_leaves_the_conversation(model, tokenizer, monkeypat
         yield "half"
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(generation, "stream", interrupted)
+    monkeypatch.setattr(interactive, "stream", interrupted)
     assert talk(model, tokenizer, "The", "/history").endswith("Thehalf [stopped]\nThehalf\n")
 
 
@@ -329,5 +332,6 @@ def test_the_verb(tokenizer, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda _prompt: "/quit")
     run_generate(folder, [], interactive=True, device="cpu")
     assert "/quit ends" in capsys.readouterr().out
+    monkeypatch.setattr("sys.stdin", io.StringIO())
     with pytest.raises(UsageError, match="nothing to continue"):
         run_generate(folder, [])

@@ -61,7 +61,10 @@ class Faults:
         mode, connection = self.mode, environ["werkzeug.socket"]
         if mode == "half":
             body = Request(environ).get_data()
-            environ["wsgi.input"], environ["CONTENT_LENGTH"] = BytesIO(body[: len(body) // 2]), str(len(body) // 2)
+            environ["wsgi.input"], environ["CONTENT_LENGTH"] = (
+                BytesIO(body[: len(body) // 2]),
+                str(len(body) // 2),
+            )
             return self.app(environ, start_response)
         if mode == "error":
             Request(environ).get_data()
@@ -76,13 +79,18 @@ class Faults:
                 return self._cut(body, connection)
             if mode == "kill-after":
                 os.kill(self.victim, signal.SIGKILL)
-        connection.shutdown(socket.SHUT_RDWR)
+        self._close(connection)
         return []
 
     @staticmethod
     def _cut(body: bytes, connection: socket.socket) -> Iterator[bytes]:
         yield body[: len(body) // 2]
+        Faults._close(connection)
+
+    @staticmethod
+    def _close(connection: socket.socket) -> None:
         connection.shutdown(socket.SHUT_RDWR)
+        raise ConnectionAbortedError
 
 
 class _Quiet(MotoRequestHandler):
@@ -302,7 +310,11 @@ class Hub:
         seen: dict[str, str] = {}
         for _sha, tree in self.repositories[repo].commits:
             seen.update(
-                {str(content): path for path, (kind, content) in tree.items() if kind == "lfs" and content in self.objects}
+                {
+                    str(content): path
+                    for path, (kind, content) in tree.items()
+                    if kind == "lfs" and content in self.objects
+                }
             )
         return answer(
             [
@@ -340,4 +352,6 @@ def answer(value: Any) -> Response:
 def problem(status: int, code: str, message: str) -> Response:
     """Return an error as the hub words it."""
     headers = {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {})
-    return Response(json.dumps({"error": message}), status=status, headers=headers, content_type="application/json")
+    return Response(
+        json.dumps({"error": message}), status=status, headers=headers, content_type="application/json"
+    )

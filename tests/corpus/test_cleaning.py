@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from ekiden.corpus.cleaning import (
     shingle_hashes,
     signatures,
     sketch,
+    sketch_type,
 )
 from ekiden.corpus.documents import Rejected
 from ekiden.corpus.script import ScriptTally, dominant_script
@@ -40,8 +42,12 @@ def sentence(seed: int, length: int = 80) -> list[str]:
 def verdicts(texts: list[str], near: bool = True, test: set[int] | None = None, units: int = 1) -> list[int]:
     flags = [i in (test or set()) for i in range(len(texts))]
     size = max(1, -(-len(texts) // units))
-    parts = [sketch(texts[i : i + size], flags[i : i + size], near) for i in range(0, len(texts), size)]
-    return duplicates(Sketches(parts), near).tolist()
+    with tempfile.TemporaryDirectory() as folder:
+        paths = []
+        for i in range(0, len(texts) + 1, size):  # the last one may be empty
+            paths.append(Path(folder) / str(i))
+            paths[-1].write_bytes(sketch(texts[i : i + size], flags[i : i + size], near).tobytes())
+        return duplicates(Sketches(paths, sketch_type(near)), near).tolist()
 
 
 def jaccard(left: str, right: str) -> float:

@@ -212,6 +212,6 @@ def test_a_language_that_cannot_be_a_folder_is_refused(tmp_path: Path, language:
         discover([str(tmp_path)], language)
 
 
-def test_a_hub_address_is_told_how_to_be_downloaded() -> None:
-    with pytest.raises(UserError, match="hf download"):
+def test_a_hub_address_needs_a_language() -> None:
+    with pytest.raises(UserError, match="write LANGUAGE=hf://datasets/owner/name, or add --language"):
         discover(["hf://datasets/owner/name"])

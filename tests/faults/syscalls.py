@@ -17,6 +17,7 @@ import ctypes
 import io
 import os
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -47,6 +48,8 @@ CHANGES = (
     *("mkdir", "mkdirat", "unlink", "unlinkat", "rmdir", "ftruncate", "close"),
 )
 """Calls that are made to fail in a save."""
+QUICK = ("write", "fsync", "rename", "mkdir", "unlink", "rmdir")
+"""Calls of the short campaign: what makes a save durable and visible, and what ends a deletion."""
 READS = ("openat", "read", "pread64", "getdents64")
 """Calls that are made to fail in a load."""
 CALLS = tuple(dict.fromkeys((*CHANGES, *READS)))
@@ -207,7 +210,7 @@ def _attacked(begin: Callable[[], Act], stderr: Path, go: int, done: int) -> Non
         act = begin()
         # Where only ancestors may trace (Yama), the process itself has to allow it.
         ctypes.CDLL(None).prctl(_PR_SET_PTRACER, _ANY, 0, 0, 0)
-        os.read(go, 1)
+        select.select([go], [], [])  # not a read: a call that waits is counted when strace attaches
         try:
             status = 0 if act() else REFUSED
         except (CheckpointError, UserError):
@@ -236,29 +239,34 @@ def _calls(log: str, main: int) -> list[tuple[int, str]]:
 
 
 class Campaign:
-    """Attacks scenarios, each try in a fresh copy of the scenario's folder."""
+    """Attacks scenarios, each try in a fresh copy of the scenario's folder.
 
-    def __init__(self, work: Path) -> None:
-        self.work, self.root = work, work / "run"
+    Args:
+        work: a folder for all of it. names: calls to be attacked; those of them that a scenario's errors are for.
+    """
+
+    def __init__(self, work: Path, names: tuple[str, ...] = CALLS) -> None:
+        self.work, self.root, self.names = work, work / "run", names
 
     def undisturbed(self, scenario: Scenario, prepared: Path) -> tuple[Traced, dict[int, str]]:
         """Run once without a fault; return its calls and the bytes of the old and the new checkpoint, by step."""
+        self._copy(prepared)
+        scenario.again(self.root)  # what this process imports while it looks must not come between two counts
         expected = {}
         for step in (scenario.before, scenario.after):
-            run = self._copy(prepared)
+            self._copy(prepared)
             if step == scenario.after:
-                reference = traced(lambda: scenario.begin(run), self.work, CALLS)
+                reference = traced(lambda: scenario.begin(self.root), self.work, self.names)
                 assert reference.status == 0, f"{scenario.name}: {reference}"
-            found = scenario.find(run)
+            found = scenario.find(self.root)
             assert (found.step if found else None) == step, f"{scenario.name}: {found}"
             if found is not None:
                 expected[found.step] = content(found.path)
         return reference, expected
 
-    def _copy(self, prepared: Path) -> Path:
+    def _copy(self, prepared: Path) -> None:
         shutil.rmtree(self.root, ignore_errors=True)
         shutil.copytree(prepared, self.root)
-        return self.root
 
     def attack(
         self, scenario: Scenario, kills: bool = True, errors: tuple[str, ...] = ERRORS
@@ -283,7 +291,7 @@ class Campaign:
         self, scenario: Scenario, prepared: Path, reference: Traced, expected: dict[int, str], row: Attack
     ) -> None:
         covered = set()
-        for name in _in_use(CALLS, reference):
+        for name in _in_use(self.names, reference):
             for tried in self._until_untouched(scenario, prepared, name, "signal=SIGKILL", ""):
                 self._judge(scenario, tried, expected, row)
                 if tried.status is None:
@@ -315,9 +323,9 @@ class Campaign:
     ) -> Iterator[Traced]:
         """Attack the first call of that name, the second, and so on; end with the run that none was left in."""
         for number in range(1, 10_000):
-            run = self._copy(prepared)
+            self._copy(prepared)
             expression = f"{name}:{fault}:when={number}{more}"
-            tried = traced(lambda run=run: scenario.begin(run), self.work, (name,), expression)
+            tried = traced(lambda: scenario.begin(self.root), self.work, (name,), expression)
             if not tried.injected and tried.status is not None:
                 assert tried.status == 0, f"{scenario.name} untouched: {tried}"
                 return
@@ -488,11 +496,11 @@ def fingerprint(state: TrainingState) -> list[int]:
 
 
 def campaign(work: Path, quick: bool, only: str = "") -> Iterator[Attack]:
-    """Yield the rows, as they are done; `quick`: one save with its deletion, kills and full disks only."""
-    driver = Campaign(work)
+    """Yield the rows, as they are done; `quick`: `QUICK` of one save with its deletion, kills and full disks only."""
     if quick:
-        yield from driver.attack(STORE[1], errors=("ENOSPC",))
+        yield from Campaign(work, QUICK).attack(STORE[1], errors=("ENOSPC",))
         return
+    driver = Campaign(work)
     for scenario in STORE:
         if only in scenario.name:
             yield from driver.attack(scenario, errors=ERRORS if scenario.fails is CHANGES else ("EIO",))

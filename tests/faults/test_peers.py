@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from common import work_folder
+
 COMPARE = Path(__file__).with_name("peers") / "compare.py"
 CLEAN = ("needed_human", "silently_older", "steps_lost", "wrong")
 
@@ -24,6 +26,7 @@ def test_a_torn_save_is_seen_and_ekiden_has_none() -> None:
         "1",
         "--tenths",
         "1,9",
+        *(["--work", work] if (work := work_folder()) else []),
     ]
     done = subprocess.run(
         [sys.executable, str(COMPARE), *options], capture_output=True, text=True, check=False

@@ -10,38 +10,52 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
+from queue import SimpleQueue
 
 
 class BackgroundSaver:
-    """Runs one save at a time in a thread of its own; to be used from one thread."""
+    """Runs one save at a time in a thread of its own; to be used from one thread.
+
+    The thread is started here and not at each save: where memory is short, Python's `Thread.start` waits for ever for
+    a thread that could not begin (found by the memory sweep of the fault campaign).
+    """
 
     def __init__(self) -> None:
-        self._thread: threading.Thread | None = None
+        self._saves: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
+        self._idle = threading.Event()
+        self._idle.set()
         self._failures: deque[BaseException] = deque()
+        threading.Thread(target=self._run, name="checkpoint-save", daemon=True).start()
 
-    def submit(self, save: Callable[[], object]) -> None:
-        """Start `save`, after waiting for the one before it; a failure of that one is kept for `failures`."""
-        self.wait()
-
-        def work() -> None:
+    def _run(self) -> None:
+        while (save := self._saves.get()) is not None:
             try:
                 save()
             except BaseException as error:  # whatever it was, the loop has to hear of it
                 self._failures.append(error)
+            finally:
+                del save  # and with it the copy of the state
+                self._idle.set()
 
-        self._thread = threading.Thread(target=work, name="checkpoint-save", daemon=True)
-        self._thread.start()
+    def submit(self, save: Callable[[], object]) -> None:
+        """Start `save`, after waiting for the one before it; a failure of that one is kept for `failures`."""
+        self.wait()
+        self._idle.clear()
+        self._saves.put(save)
 
     def wait(self) -> None:
         """Return when no save is in flight."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        self._idle.wait()
+
+    def close(self) -> None:
+        """Return when no save is in flight, and end the thread; nothing may be submitted after."""
+        self.wait()
+        self._saves.put(None)
 
     @property
     def busy(self) -> bool:
         """Whether a save is in flight."""
-        return self._thread is not None and self._thread.is_alive()
+        return not self._idle.is_set()
 
     def failures(self) -> list[BaseException]:
         """Return the errors of saves that failed since the last call, oldest first."""

@@ -268,6 +268,10 @@ def _equal_tensors(expected: LazyTensor, found: Any) -> bool:
 def _torch_chunks(tensor: Any) -> Iterator[bytes]:
     import torch
 
-    flat = tensor.reshape(-1).view(torch.uint8) if tensor.numel() else tensor.new_empty(0, dtype=torch.uint8)
+    flat = (
+        tensor.contiguous().reshape(-1).view(torch.uint8)
+        if tensor.numel()
+        else tensor.new_empty(0, dtype=torch.uint8)
+    )
     for begin in range(0, len(flat), CHUNK_BYTES):
         yield flat[begin : begin + CHUNK_BYTES].numpy().tobytes()

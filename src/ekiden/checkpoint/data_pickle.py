@@ -19,7 +19,7 @@ import numpy as np
 
 from ekiden.checkpoint.lazy import DTYPES, LazyTensor, TorchValue
 
-MAX_OPERATIONS = 2_000_000
+MAX_OPERATIONS = 1_000_000
 DEVICE = re.compile(r"[a-z]{1,16}(:[0-9]{1,4})?")
 
 

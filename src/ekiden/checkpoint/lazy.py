@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 CHUNK_BYTES = 3 << 20  # divisible by 3, so that every chunk but the last is whole in base64
 MAX_DEPTH = 24
-MAX_VALUES = 2_000_000
+MAX_VALUES = 1_000_000
 MAX_DIMENSIONS = 64
 
 

@@ -42,7 +42,7 @@ from ekiden.checkpoint.mirror_state import (
     parse_commit,
 )
 from ekiden.errors import UserError
-from ekiden.progress import human_count, say
+from ekiden.progress import say
 
 RETRY_SECONDS: tuple[float, ...] = (2.0, 15.0)
 _Result = TypeVar("_Result")
@@ -154,13 +154,14 @@ class Mirror:
         name, commit = state.commit()
         listing = self._listing()
         self._refuse_other(self._states(listing)[0], state)
-        committed = self._stands(listing, name, commit)
-        if not committed:
-            self._put(listing, sources)
         old = [other for other in listing if COMMIT.fullmatch(other) and other != name]
         folders = sorted({other.partition("/")[0] for other in listing if "/" in other} - {state.folder})
-        if not committed or old or folders:
+        if not self._stands(listing, name, commit):
+            self._put(listing, sources)
             self._asking("could not be written", lambda: self._backend.publish(name, commit, old, folders))
+        elif old or folders:
+            # A commit that counts is never written again: cut short, that would leave none.
+            self._asking("could not be written", lambda: self._backend.remove(old, folders))
 
     def _put(self, listing: Mapping[str, Entry], sources: Mapping[str, Source]) -> None:
         """Send the files that do not stand yet, and see that they do."""
@@ -243,8 +244,8 @@ class Mirror:
         needed, free = state.total_bytes, files.free_bytes(target.parent)
         if needed > free:
             raise MirrorError(
-                f"step {state.step} of mirror {self.url} takes {human_count(needed)} bytes, and the disk of "
-                f"{target.parent} has {human_count(free)} free",
+                f"step {state.step} of mirror {self.url} takes {needed / 1e6:.1f} MB, and the disk of "
+                f"{target.parent} has {free / 1e6:.1f} MB free",
                 lasting=True,
             )
 
@@ -360,7 +361,7 @@ def restore_from_mirror(
         if newest_local_step is not None and state.step <= newest_local_step:
             break
         say(
-            f"fetching step {state.step} ({human_count(state.total_bytes)} bytes) from mirror {mirror.url}: "
+            f"fetching step {state.step} ({state.total_bytes / 1e6:.1f} MB) from mirror {mirror.url}: "
             f"there is {here} in {store_folder}"
         )
         try:

@@ -81,7 +81,11 @@ class Backend(Protocol):
         ...
 
     def publish(self, name: str, source: Source, commits: list[str], folders: list[str]) -> None:
-        """Store the file `name`; where it stands whole, remove first `commits`, then `folders`."""
+        """Store the file `name`; only where it stands whole, remove what `remove` does."""
+        ...
+
+    def remove(self, commits: list[str], folders: list[str]) -> None:
+        """Remove first the files `commits`, then the files in `folders`."""
         ...
 
     def read(self, name: str, offset: int, length: int) -> bytes:
@@ -135,6 +139,10 @@ class FolderBackend:
         """Write it, read it back, then remove the old ones."""
         self.put({name: source})
         _require(self.holds(name, Entry((self.root / name).stat().st_size), source), name)
+        self.remove(commits, folders)
+
+    def remove(self, commits: list[str], folders: list[str]) -> None:
+        """Remove the commits, durably, then the folders."""
         for commit in commits:
             files.remove_file(self.root / commit)
         files.sync_folder(self.root)
@@ -197,8 +205,12 @@ class FsspecBackend:
         """Send it, read it back, then remove the old ones."""
         self.put({name: source})
         _require(self.read(name, 0, source.size + 1) == source.data, name)
-        with contextlib.suppress(FileNotFoundError):
-            for commit in commits:
+        self.remove(commits, folders)
+
+    def remove(self, commits: list[str], folders: list[str]) -> None:
+        """Remove what is still there of them."""
+        for commit in commits:
+            with contextlib.suppress(FileNotFoundError):
                 self.fs.rm_file(self._path(commit))
         for folder in folders:
             with contextlib.suppress(FileNotFoundError):
@@ -219,6 +231,8 @@ class S3Backend(FsspecBackend):
             "connect_timeout": _S3_CONNECT_SECONDS,
             "read_timeout": _S3_READ_SECONDS,
             "retries": {"total_max_attempts": S3_ATTEMPTS},
+            # The mirror compares hashes of its own; an object that fails the server's is to be named, not unreadable.
+            "response_checksum_validation": "when_required",
         }
         # An instance of its own, without a cache of listings: what stands there is asked for every time.
         fs = s3fs.S3FileSystem(

@@ -13,7 +13,13 @@ from typing import Any
 
 import huggingface_hub
 from huggingface_hub.errors import RepositoryNotFoundError
-from huggingface_hub.utils import build_hf_headers, disable_progress_bars, get_session, hf_raise_for_status
+from huggingface_hub.utils import (
+    build_hf_headers,
+    disable_progress_bars,
+    get_session,
+    hf_raise_for_status,
+    logging,
+)
 
 from ekiden.checkpoint.mirror_backends import FOLDER, Entry, Source, is_ours
 from ekiden.progress import say
@@ -33,8 +39,9 @@ class HubBackend:
         self.api = huggingface_hub.HfApi(endpoint=endpoint, token=token)
         self._head: str | None = None
         self._said = False
-        # Bars of a background upload would be drawn over the training's.
+        # Its bars and its warnings of each retry would be drawn over the training's.
         disable_progress_bars()
+        logging.set_verbosity_error()
         _bound_waiting()
 
     def listing(self) -> dict[str, Entry]:
@@ -72,10 +79,13 @@ class HubBackend:
 
     def publish(self, name: str, source: Source, commits: list[str], folders: list[str]) -> None:
         """Commit the file and the removals together; then free what only older commits still name."""
-        operations: list[Any] = [self._addition(name, source)]
-        operations += [huggingface_hub.CommitOperationDelete(commit) for commit in commits]
-        operations += [huggingface_hub.CommitOperationDelete(f"{folder}/") for folder in folders]
-        self._commit(operations, f"{name.removesuffix('.json')} stands")
+        addition = self._addition(name, source)
+        self._commit([addition, *_removals(commits, folders)], f"{name.removesuffix('.json')} stands")
+        self._free_space()
+
+    def remove(self, commits: list[str], folders: list[str]) -> None:
+        """Commit the removals, then free their space."""
+        self._commit(_removals(commits, folders), "Older steps")
         self._free_space()
 
     def _commit(self, operations: list[Any], message: str) -> None:
@@ -127,6 +137,11 @@ class HubBackend:
                 if len(data) >= length:
                     break
         return bytes(data[:length])
+
+
+def _removals(commits: list[str], folders: list[str]) -> list[Any]:
+    paths = [*commits, *(f"{folder}/" for folder in folders)]
+    return [huggingface_hub.CommitOperationDelete(path) for path in paths]
 
 
 def _git_sha1(source: Source) -> str:

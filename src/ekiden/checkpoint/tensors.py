@@ -7,6 +7,8 @@ it is read.
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from ekiden.checkpoint import files
 from ekiden.checkpoint.header import METADATA, TensorInfo, encode_header, layout, read_header
 from ekiden.checkpoint.manifest import Damaged, FileRecord, Hashes, describe_tensors
 
+_ERROR_NUMBER = re.compile(r"\((\d+)\)$")
 DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -84,3 +87,8 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
             return {name: file.get_tensor(name) for name in expected}
     except safetensors.SafetensorError as error:
         raise Damaged(f"{path.name} cannot be read ({str(error)[:200]})") from None
+    except RuntimeError as error:
+        # torch opens and maps the file for the library, and ends its message with the system's error number.
+        if (match := _ERROR_NUMBER.search(str(error))) is None:
+            raise
+        raise OSError(int(match[1]), os.strerror(int(match[1])), str(path)) from None

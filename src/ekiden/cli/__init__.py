@@ -69,6 +69,7 @@ for command in (
     training.quickstart,
     data.tokenizer,
     data.preprocess,
+    data.corpus,
     training.train,
     models.evaluate,
     models.generate,

@@ -1,4 +1,4 @@
-"""The verbs that make token shards out of text: `tokenizer train`, `preprocess`."""
+"""The verbs that make token shards out of text: `tokenizer train`, `preprocess`, `corpus inspect`."""
 
 from __future__ import annotations
 
@@ -44,6 +44,19 @@ def tokenizer_train(**options: Any) -> None:
     click.echo(str(train_tokenizer(corpus, **options)))
 
 
+NUM_PROC = click.option("--num-proc", type=int, help="Worker processes. Default: one a core.")
+LANGUAGE = click.option(
+    "--language", help="Language of corpus arguments that are single files, flat folders or hub datasets."
+)
+TXT_DOCUMENTS = click.option(
+    "--txt-documents",
+    type=click.Choice(["blank-line", "file"]),
+    default="blank-line",
+    show_default=True,
+    help="What one document is in a .txt file: text between blank lines, or the whole file.",
+)
+
+
 @click.command(context_settings=CONTEXT)
 @click.argument("corpus", nargs=-1, required=True)
 @click.option("--tokenizer", required=True, help="SentencePiece .model, tokenizer folder or hub id.")
@@ -58,17 +71,28 @@ def tokenizer_train(**options: Any) -> None:
     show_default=True,
     help="Share of documents kept for evaluation; a small language keeps up to 5 %.",
 )
-@click.option("--num-proc", type=int, help="Worker processes. Default: one a core.")
-@click.option("--language", help="Language of corpus arguments that are single files or flat folders.")
 @click.option(
-    "--txt-documents",
-    type=click.Choice(["blank-line", "file"]),
-    default="blank-line",
-    show_default=True,
-    help="What one document is in a .txt file: text between blank lines, or the whole file.",
+    "--dedupe",
+    type=click.Choice(["exact", "near"]),
+    help="Leave out documents that stood before: with the same text, or also with nearly the same (Jaccard "
+    "similarity of 16-character runs of 0.8 and more).",
 )
+@click.option(
+    "--min-length", type=int, default=0, show_default=True, help="Leave out documents of fewer characters."
+)
+@click.option("--nfc", is_flag=True, help="Bring texts to Unicode's composed form (NFC).")
+@NUM_PROC
+@click.option(
+    "--scheduler",
+    help="Address of a Dask scheduler, such as tcp://10.0.0.5:8786; its workers must share this machine's files.",
+)
+@LANGUAGE
+@TXT_DOCUMENTS
 def preprocess(**options: Any) -> None:
     """Turn CORPUS... into token shards; a killed build goes on where it was.
+
+    CORPUS is a folder of languages, a file or folder with --language, or
+    LANGUAGE=hf://datasets/OWNER/NAME[@config][:split], which is read without being stored.
 
     Example: ekiden preprocess corpus --tokenizer corpus.model --output-dir shards
     """
@@ -76,3 +100,33 @@ def preprocess(**options: Any) -> None:
 
     corpus = list(options.pop("corpus"))
     click.echo(build(corpus, **options).describe())
+
+
+@click.group(context_settings=CONTEXT)
+def corpus() -> None:
+    """Look at a corpus."""
+
+
+@corpus.command("inspect", context_settings=CONTEXT)
+@click.argument("corpus", nargs=-1, required=True)
+@click.option("--tokenizer", help="SentencePiece .model, tokenizer folder or hub id, to count tokens.")
+@click.option(
+    "--token-budget", help="Tokens of the run that is planned: 100M, 1B. Default: as many as there are."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--plot", help="Write the mixtures to this .html file.")
+@NUM_PROC
+@LANGUAGE
+@TXT_DOCUMENTS
+def corpus_inspect(as_json: bool, plot: str | None, **options: Any) -> None:
+    """Show what each language of CORPUS... (or a folder of token shards) holds, and the share and epochs that each
+    --temperature would give it.
+
+    Example: ekiden corpus inspect shards --token-budget 1B
+    """
+    from ekiden.tokens.inspect import inspect
+
+    inspection = inspect(list(options.pop("corpus")), **options)
+    click.echo(inspection.as_json() if as_json else inspection.describe())
+    if plot is not None:
+        inspection.plot(plot)

@@ -33,52 +33,99 @@ def evaluate(model: str, dataset_path: str, as_json: bool, **options: Any) -> No
 
 
 @click.command(context_settings=CONTEXT)
-@click.option("--model-path", required=True, help="Run directory, checkpoint or Hugging Face folder.")
-@click.option("--prompt", "prompts", multiple=True, help="Text to continue; may be given several times.")
+@click.option(
+    "--model-path",
+    "models",
+    required=True,
+    multiple=True,
+    help="Run directory, checkpoint or Hugging Face folder; several are shown side by side.",
+)
+@click.option(
+    "--prompt",
+    "prompts",
+    multiple=True,
+    help="Text to continue; may be given several times; -: standard input.",
+)
+@click.option(
+    "--prompt-file",
+    "prompt_files",
+    multiple=True,
+    help='Prompts, one a line, or a .jsonl file with "prompt"; -: the lines of standard input.',
+)
 @click.option("--interactive", is_flag=True, help="Ask for prompts until /quit; /help lists the settings.")
-@click.option(
-    "--max-new-tokens",
-    type=int,
-    default=128,
-    show_default=True,
-    help="Length of the continuation, in tokens.",
-)
-@click.option(
-    "--temperature",
-    type=float,
-    default=0.8,
-    show_default=True,
-    help="Randomness; 0: always the likeliest token.",
-)
-@click.option(
-    "--top-k", type=int, default=0, show_default=True, help="Choose among the k likeliest tokens; 0: all."
-)
+@click.option("--max-new-tokens", type=int, help="Tokens of the continuation at most.  [default: 128]")
+@click.option("--temperature", type=float, help="Randomness; 0: always the likeliest token.  [default: 0.8]")
+@click.option("--top-k", type=int, help="Choose among the k likeliest tokens; 0: all.  [default: 0]")
 @click.option(
     "--top-p",
     type=float,
-    default=0.95,
-    show_default=True,
-    help="Choose among the likeliest tokens of this total probability.",
+    help="Choose among the likeliest tokens of this total probability.  [default: 0.95]",
+)
+@click.option(
+    "--min-p",
+    type=float,
+    help="Choose among tokens of at least this share of the likeliest one's probability.  [default: 0]",
 )
 @click.option(
     "--repetition-penalty",
     type=float,
-    default=1.1,
-    show_default=True,
-    help="Above 1: tokens seen before are less likely.",
+    help="Above 1: tokens seen before are less likely.  [default: 1.1]",
 )
-@click.option("--seed", type=int, default=0, show_default=True, help="Same seed, same text.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--seed", type=int, help="Same seed, same text.  [default: 0]")
+@click.option("--batch-size", type=int, default=16, show_default=True, help="Prompts computed together.")
+@click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    help="auto (all GPUs there are, for more than one batch), cpu, cuda or cuda:N.",
+)
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help='JSON lines {"model", "step", "prompt", "text", "tokens", "seed"}.',
+)
+@click.option("--output", help="File that takes what would be printed.")
+@click.option(
+    "--benchmark",
+    is_flag=True,
+    help="Measure reading and writing speed, time to the first token and memory; the last line is JSON.",
+)
+@click.option("--benchmark-batch-sizes", help="Separated by commas.  [default: 1,4,16]")
+@click.option("--benchmark-prompt-lengths", help="In tokens, separated by commas.  [default: 16,128,512]")
 def generate(
-    model_path: str, prompts: tuple[str, ...], interactive: bool, device: str, **settings: Any
+    models: tuple[str, ...],
+    prompts: tuple[str, ...],
+    prompt_files: tuple[str, ...],
+    benchmark: bool,
+    benchmark_batch_sizes: str | None,
+    benchmark_prompt_lengths: str | None,
+    **options: Any,
 ) -> None:
-    """Continue prompts with a trained model.
+    """Continue prompts with trained models. What is piped in is one prompt, where no other is given.
 
     Example: ekiden generate --model-path run --prompt "Once upon a time" --temperature 0.7
-    """
-    from ekiden.generation import run_generate
 
-    run_generate(model_path, list(prompts), interactive=interactive, device=device, **settings)
+    Example: ekiden generate --model-path run-a --model-path run-b --prompt-file prompts.txt --json
+    """
+    from ekiden.generation import run_benchmark, run_generate
+
+    if benchmark:
+        unused = {
+            "--prompt": prompts,
+            "--prompt-file": prompt_files,
+            "--interactive": options.pop("interactive"),
+        }
+        del options["batch_size"]
+        run_benchmark(
+            list(models),
+            benchmark_batch_sizes,
+            benchmark_prompt_lengths,
+            unused=[flag for flag, given in unused.items() if given],
+            **options,
+        )
+    else:
+        run_generate(list(models), list(prompts), list(prompt_files), **options)
 
 
 @click.command(context_settings=CONTEXT)

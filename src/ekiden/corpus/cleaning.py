@@ -19,7 +19,8 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -57,17 +58,21 @@ class Cleaning:
         dedupe: None, 'exact' (the same text) or 'near' (the same text, or nearly).
         min_length: characters a document must have.
         nfc: texts are brought to Unicode's composed form first.
+        minhash: version of the library's values where near duplicates are asked for; a build is one version's.
     """
 
     dedupe: str | None = None
     min_length: int = 0
     nfc: bool = False
+    minhash: int | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         if self.dedupe not in (None, "exact", "near"):
             raise UsageError(f"--dedupe must be exact or near, not {self.dedupe!r}")
         if self.min_length < 0:
             raise UsageError(f"--min-length must be a number of characters from 0 on, not {self.min_length}")
+        if self.dedupe == "near":
+            object.__setattr__(self, "minhash", _rensa().RMinHash.ALGORITHM_VERSION)
 
     def clean(self, text: str) -> str:
         """Return the text as it is kept.
@@ -81,17 +86,13 @@ class Cleaning:
             raise Rejected(f"shorter than {self.min_length} characters")
         return text
 
-    def identity(self) -> dict[str, Any]:
-        """Return what decides the outcome, as JSON values: the settings and the version of the sketches."""
-        version = _rensa().RMinHash.ALGORITHM_VERSION if self.dedupe == "near" else None
-        return {"dedupe": self.dedupe, "min_length": self.min_length, "nfc": self.nfc, "minhash": version}
-
 
 class Cleaner:
     """Judges the documents of one unit in their order; given to the reader of documents, which knows their places.
 
     Args:
-        drop: uint8 [documents that `Cleaning.clean` lets pass], one of the codes of REASONS or KEPT; None: keep all.
+        drop: uint8, one of the codes of REASONS or KEPT for each document that `Cleaning.clean` lets pass; documents
+            beyond it are kept; None: all are.
         scripts: counts the scripts of what is kept.
     """
 
@@ -110,7 +111,7 @@ class Cleaner:
         text = self.cleaning.clean(text)
         number = self.passed
         self.passed += 1
-        if self.drop is not None and self.drop[number] != KEPT:
+        if self.drop is not None and number < len(self.drop) and self.drop[number] != KEPT:
             raise Rejected(REASONS[int(self.drop[number])])
         if self.scripts is not None:
             self.scripts.count(text, file, place)
@@ -178,23 +179,33 @@ def shingle_hashes(text: str) -> np.ndarray:
 
 
 class Sketches:
-    """The sketches of a corpus in order, one array (memory-mapped) a unit.
+    """The sketches of a corpus in order, one file a unit.
 
     Only one column is in memory at a time: for 20 million documents 320 MB of hashes and 160 MB of their order, or
-    160 MB of one band and 160 MB of its order.
+    160 MB of one band and 160 MB of its order. Files are mapped while they are read and no longer: there may be more
+    of them than a process may hold open.
     """
 
-    def __init__(self, units: list[np.ndarray]) -> None:
-        self.units = units
-        self.starts = np.cumsum([0, *(len(unit) for unit in units)])
+    def __init__(self, paths: list[Path], dtype: np.dtype[Any]) -> None:
+        self.paths, self.dtype = paths, dtype
+        self.starts = np.cumsum([0, *(path.stat().st_size // dtype.itemsize for path in paths)])
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
+    def _unit(self, number: int) -> np.ndarray:
+        if self.starts[number] == self.starts[number + 1]:
+            return np.zeros(0, dtype=self.dtype)
+        return np.memmap(self.paths[number], dtype=self.dtype, mode="r")
+
     def column(self, name: str, band: int | None = None) -> np.ndarray:
         """Return one field of all documents."""
-        parts = [unit[name] if band is None else unit[name][:, band] for unit in self.units]
-        return np.concatenate(parts)
+        shape, kind = (() if band is not None else self.dtype[name].shape), self.dtype[name].base
+        result = np.empty((len(self), *shape), dtype=kind)
+        for number, (start, end) in enumerate(zip(self.starts, self.starts[1:])):
+            values = self._unit(number)[name]
+            result[start:end] = values if band is None else values[:, band]
+        return result
 
     def signatures(self, numbers: np.ndarray) -> np.ndarray:
         """Return the signatures of some documents, uint8 [n, PERMUTATIONS]."""
@@ -202,7 +213,7 @@ class Sketches:
         units = np.searchsorted(self.starts, numbers, side="right") - 1
         for unit in np.unique(units):
             where = units == unit
-            rows = self.units[unit]["bands"][numbers[where] - self.starts[unit]]
+            rows = self._unit(unit)["bands"][numbers[where] - self.starts[unit]]
             result[where] = np.ascontiguousarray(rows).view(np.uint8)
         return result
 

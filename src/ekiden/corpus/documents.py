@@ -11,11 +11,11 @@ import io
 import json
 import zlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import IO, Any
 
 import orjson
 
+from ekiden.corpus.hub import open_source
 from ekiden.corpus.ledger import Ledger
 from ekiden.corpus.sources import SourceFile
 
@@ -107,7 +107,7 @@ def read_documents(
     elif file.format == ".txt":
         yield from _paragraphs(file, ledger, start, end if end is not None else file.size)
     elif file.format == ".jsonl":
-        with Path(file.path).open("rb") as data:
+        with open_source(file) as data:
             align(data, start)
             yield from _jsonl(file.path, data, ledger, end if end is not None else file.size)
     else:
@@ -169,7 +169,7 @@ def _jsonl(
                 raise Rejected(TOO_LONG)
             if not line.strip():
                 raise Rejected("blank line")
-            text = text_of(line)
+            text = ledger.accepted(text_of(line), name, place)
         except Rejected as reason:
             ledger.reject(str(reason), name, place)
         else:
@@ -186,7 +186,7 @@ def _compressed(file: SourceFile, ledger: Ledger) -> Iterator[str]:
     import pyarrow
 
     before = ledger.read
-    with pyarrow.OSFile(file.path) as packed:
+    with open_source(file) as data, pyarrow.PythonFile(data, mode="r") as packed:
         try:
             if file.format.endswith(".gz"):
                 plain: Any = isal.igzip.IGzipFile(fileobj=packed, mode="rb")
@@ -205,14 +205,15 @@ def _whole_file(file: SourceFile, ledger: Ledger) -> Iterator[str]:
     if file.size > MAX_RECORD_BYTES:
         ledger.reject(TOO_LONG, file.path, 0)
         return
-    data = Path(file.path).read_bytes()
+    with open_source(file) as source:
+        data = source.read()
     ledger.position = len(data)
     yield from _text(data.removeprefix(_BOM), file, ledger, 0)
 
 
 def _text(data: bytes, file: SourceFile, ledger: Ledger, offset: int) -> Iterator[str]:
     try:
-        text = checked(data.decode("utf-8"))
+        text = ledger.accepted(checked(data.decode("utf-8")), file.path, offset)
     except UnicodeDecodeError:
         ledger.reject("invalid UTF-8", file.path, offset)
     except Rejected as reason:
@@ -228,7 +229,7 @@ def _paragraphs(file: SourceFile, ledger: Ledger, start: int, end: int) -> Itera
     A text belongs to the range that holds the blank line before it (the file's first text: to the range from 0), so
     that a worker can tell from its own range which texts are its own.
     """
-    with Path(file.path).open("rb") as data:
+    with open_source(file) as data:
         align(data, start)
         position = data.tell()
         blank_before = -1 if start == 0 else None  # where the last blank line began; None: not seen yet
@@ -274,7 +275,7 @@ def _parquet(file: SourceFile, ledger: Ledger, start: int, end: int | None) -> I
 
     try:
         # Read in blocks, and few long texts at once: a row group may be larger than the memory.
-        table = parquet.ParquetFile(file.path, buffer_size=1 << 20, pre_buffer=False)
+        table = parquet.ParquetFile(open_source(file), buffer_size=1 << 20, pre_buffer=False)
         metadata = table.metadata
         last = metadata.num_row_groups if end is None else min(end, metadata.num_row_groups)
         row = sum(metadata.row_group(group).num_rows for group in range(start))
@@ -312,7 +313,7 @@ def _value(value: Any, file: SourceFile, ledger: Ledger, row: int) -> Iterator[s
         yield from _text(value, file, ledger, row)
         return
     try:
-        text = checked(value) if not isinstance(value, bytes) else None
+        text = ledger.accepted(checked(value), file.path, row) if not isinstance(value, bytes) else None
     except Rejected as reason:
         ledger.reject(str(reason), file.path, row)
         return

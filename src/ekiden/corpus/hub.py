@@ -14,7 +14,8 @@ import re
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import IO, Any, TypeVar
 
 from ekiden.corpus.sources import FORMATS, SourceFile
 from ekiden.errors import UserError, nearest
@@ -68,8 +69,12 @@ def parse(argument: str) -> Address:
     return Address(match[1], match[2], match[3])
 
 
-def hub_files(argument: str) -> list[SourceFile]:
+def hub_files(argument: str, commit: str | None = None) -> list[SourceFile]:
     """Return the files of a dataset on the hub, sorted, with the commit in their paths.
+
+    Args:
+        argument: hf://datasets/OWNER/NAME[@config][:split].
+        commit: of an earlier start that is taken up; None: the newest.
 
     Raises:
         UserError: it is missing, private, gated, offline, or has no such configuration or split, or no file that is read.
@@ -79,7 +84,7 @@ def hub_files(argument: str) -> list[SourceFile]:
 
     address = parse(argument)
     api = HfApi()
-    info = _ask(address, lambda: api.dataset_info(address.repo, timeout=TIMEOUT))
+    info = _ask(address, lambda: api.dataset_info(address.repo, revision=commit, timeout=TIMEOUT))
     _ask(address, lambda: api.auth_check(address.repo, repo_type="dataset"))
     tree = _ask(
         address,
@@ -91,7 +96,12 @@ def hub_files(argument: str) -> list[SourceFile]:
     card = info.card_data.to_dict() if info.card_data else {}
     chosen = choose(address, list(sizes), card.get("configs") or [])
     return [
-        SourceFile(f"{PREFIX}{address.repo}@{info.sha}/{path}", sizes[path], kind)
+        SourceFile(
+            f"{PREFIX}{address.repo}@{info.sha}/{path}",
+            sizes[path],
+            kind,
+            f"{address.repo}@{info.sha}/{path}",
+        )
         for path in sorted(chosen)
         if (kind := _format(path))
     ]
@@ -265,6 +275,18 @@ def sentence(address: Address, error: Exception) -> UserError:
             "finished shards are kept"
         )
     return UserError(f"corpus {PREFIX}{address.repo} {text}")
+
+
+def is_remote(path: str) -> bool:
+    """Return whether a file is on the hub."""
+    return path.startswith(PREFIX)
+
+
+def open_source(file: SourceFile) -> IO[bytes]:
+    """Return a file of a corpus, opened for reading bytes, wherever it is."""
+    if is_remote(file.path):
+        return io.BufferedReader(HubFile(file.path, file.size), 1 << 18)
+    return Path(file.path).open("rb")
 
 
 class HubFile(io.RawIOBase):

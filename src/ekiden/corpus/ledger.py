@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,8 @@ class Ledger:
         read: records met. kept: documents they yielded. rejected: records by reason; read == kept + sum(rejected).
         divided: documents more than texts kept, where long texts were divided.
         examples: the first few (file, byte offset) by reason.
+        accept: called with (text, file, place) of every document before it is kept; returns the text as it is kept, or
+            raises `documents.Rejected`. None: all are kept as they are.
         position: input bytes read of the part being read; for progress, no part of the account.
     """
 
@@ -27,6 +30,15 @@ class Ledger:
     rejected: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[tuple[str, int]]] = field(default_factory=dict)
     position: int = field(default=0, compare=False)
+    accept: Callable[[str, str, int], str] | None = field(default=None, compare=False, repr=False)
+
+    def accepted(self, text: str, file: str, place: int) -> str:
+        """Return the text as it is kept.
+
+        Raises:
+            Rejected: it is not kept.
+        """
+        return text if self.accept is None else self.accept(text, file, place)
 
     def keep(self) -> None:
         """Count a document."""

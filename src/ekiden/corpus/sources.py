@@ -6,6 +6,7 @@ their language named.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,11 +37,15 @@ def is_compressed(path: str) -> bool:
     return path.endswith(_COMPRESSED)
 
 
-def discover(corpus: list[str], language: str | None = None) -> dict[str, list[SourceFile]]:
+def discover(
+    corpus: list[str], language: str | None = None, commits: dict[str, str] | None = None
+) -> dict[str, list[SourceFile]]:
     """Return the files of each language, both sorted by name.
 
     Args:
-        corpus: folders with a sub-folder a language; with `language`, files and folders of that language.
+        corpus: folders with a sub-folder a language; with `language`, files and folders of that language;
+            [LANGUAGE=]hf://datasets/OWNER/NAME[@config][:split].
+        commits: of datasets on the hub, OWNER/NAME: commit, that an earlier start of the build read.
 
     Raises:
         UserError: something is missing, empty, or of no known language or format.
@@ -52,11 +57,14 @@ def discover(corpus: list[str], language: str | None = None) -> dict[str, list[S
     found: dict[str, list[SourceFile]] = {}
     for argument in corpus:
         path = Path(argument)
-        if argument.startswith("hf://"):
-            raise UserError(
-                f"corpus {argument} is on the hub, which is not read directly yet; download it with `hf download OWNER/NAME "
-                "--repo-type dataset --local-dir FOLDER` and give the folder with --language NAME"
-            )
+        if match := re.fullmatch(r"(?:([^/=.][^/=]*)=)?(hf://.*)", argument):
+            name = match[1] or language
+            if not name:
+                raise UserError(
+                    f"corpus {argument}: its language is not known; write LANGUAGE={argument}, or add --language"
+                )
+            found.setdefault(name, []).extend(_hub_files(match[2], commits or {}))
+            continue
         if not path.exists():
             raise UserError(
                 f"corpus {argument} does not exist; give a folder with a sub-folder a language, or files"
@@ -84,6 +92,12 @@ def discover(corpus: list[str], language: str | None = None) -> dict[str, list[S
             f"corpus {' '.join(corpus)} holds no {', '.join(FORMATS)} file; give a folder with text"
         )
     return dict(sorted(found.items()))
+
+
+def _hub_files(address: str, commits: dict[str, str]) -> list[SourceFile]:
+    from ekiden.corpus import hub  # which stands on this module
+
+    return hub.hub_files(address, commits.get(hub.parse(address).repo))
 
 
 def _files(path: Path) -> list[SourceFile]:

@@ -13,13 +13,14 @@ import functools
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,16 @@ import numpy as np
 import xxhash
 
 from ekiden.checkpoint import files
+from ekiden.corpus.cleaning import Cleaner, Cleaning
 from ekiden.corpus.documents import divide, read_documents
 from ekiden.corpus.ledger import Ledger
+from ekiden.corpus.script import ScriptTally
 from ekiden.corpus.sources import discover
 from ekiden.errors import UsageError, UserError
 from ekiden.progress import Progress, human_count, say
 from ekiden.tokenizer.load import Tokenizer, load_tokenizer
+from ekiden.tokens.cluster import dask_executor
+from ekiden.tokens.dedupe import Window, dropped, leaks, remove_duplicates
 from ekiden.tokens.format import (
     SPLITS,
     Shard,
@@ -50,6 +55,7 @@ from ekiden.tokens.units import (
     identity_of,
     keep_fraction,
     plan_units,
+    split_of,
     test_splits,
 )
 
@@ -69,18 +75,25 @@ def preprocess(
     num_proc: int | None = None,
     language: str | None = None,
     txt_documents: str = "blank-line",
+    dedupe: str | None = None,
+    min_length: int = 0,
+    nfc: bool = False,
+    scheduler: str | None = None,
     executor: Executor | None = None,
 ) -> TokenDataset:
     """Write the token shards of `corpus` to `output_dir` and return them.
 
     Args:
-        corpus: folders with a sub-folder a language; with `language`, files and folders of that one.
+        corpus: folders with a sub-folder a language; with `language`, files and folders of that one;
+            [LANGUAGE=]hf://datasets/OWNER/NAME[@config][:split].
         dataset_size: tokens to keep ('10k', '1M', '1B', or a number), as an unbiased sample of the documents of every
             language; None: all.
         test_split: share of documents kept for evaluation, chosen by their hash; more of a language under 50 MB, so
             that about 100 KB of it can be measured, but at most 5 %. 0: none.
         num_proc: worker processes; None: one a core.
         txt_documents: 'blank-line' or 'file', see `corpus.documents`.
+        dedupe, min_length, nfc: see `corpus.cleaning.Cleaning`.
+        scheduler: address of a Dask scheduler whose workers do the work.
         executor: runs the units instead of worker processes of its own.
 
     Raises:
@@ -90,14 +103,18 @@ def preprocess(
         raise UsageError(f"--test-split must be a share of the documents from 0 to below 1, not {test_split}")
     if num_proc is not None and num_proc < 1:
         raise UsageError(f"--num-proc must be at least 1 worker process, not {num_proc}")
-    sources = discover(corpus, language)
+    cleaning = Cleaning(dedupe, min_length, nfc)
+    folder = Path(output_dir)
+    if scheduler is not None:  # whose workers are in other folders
+        folder = folder.absolute()
+        corpus = [path if "hf://" in path else str(Path(path).absolute()) for path in corpus]
+    sources = discover(corpus, language, pinned_commits(folder))
     loaded = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
     units = plan_units(sources)
-    folder = Path(output_dir)
     paths = {file.path for found in sources.values() for file in found}
     try:
         keep = keep_fraction(dataset_size, units, loaded, txt_documents)
-        settings = Settings(test_splits(sources, test_split), keep, txt_documents)
+        settings = Settings(test_splits(sources, test_split), keep, txt_documents, cleaning)
         identity = identity_of(sources, loaded, settings)
         if (folder / "dataset.json").exists():
             return finished_build(folder, identity)
@@ -105,7 +122,8 @@ def preprocess(
             if (folder / "dataset.json").exists():
                 return finished_build(folder, identity)
             prepare_folder(folder, identity, units, loaded)
-            build_units(units, loaded.sha256, settings, folder, num_proc, executor)
+            with worker_pool(len(units), num_proc, scheduler, executor, folder, sorted(paths)[:1]) as pool:
+                settings = build_all(units, loaded.sha256, settings, folder, pool)
             return finish(units, loaded, settings, folder)
     except OSError as error:
         if error.filename and str(error.filename) in paths:
@@ -196,43 +214,88 @@ def prepare_folder(folder: Path, identity: dict[str, Any], units: list[Unit], to
         files.write_atomic(folder / TOKENIZER / name, data)
 
 
-def build_units(
-    units: list[Unit],
-    tokenizer_sha256: str,
-    settings: Settings,
-    folder: Path,
+def pinned_commits(folder: Path) -> dict[str, str]:
+    """Return the commits of the hub's datasets that an unfinished build in `folder` reads, by OWNER/NAME."""
+    try:
+        names = json.loads((folder / MARKER).read_bytes())["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    found = (re.fullmatch(r".+?: ([^/]+/[^/@]+)@([0-9a-f]{40})/.+", name) for name in names)
+    return {match[1]: match[2] for match in found if match}
+
+
+@contextlib.contextmanager
+def worker_pool(
+    most: int,
     num_proc: int | None,
+    scheduler: str | None,
     executor: Executor | None,
-) -> None:
-    """Build every unit that has no receipt.
+    folder: Path,
+    corpus: list[str],
+) -> Iterator[Executor]:
+    """Yield what runs the units: `executor`, a Dask cluster, or at most `most` worker processes.
 
     Raises:
         UserError: a worker process died.
     """
-    todo = [unit for unit in units if not (folder / RECEIPTS / unit.name).exists()]
-    if len(todo) < len(units):
-        say(f"going on: {len(units) - len(todo)} of {len(units)} units are done")
-    workers = max(1, min(num_proc or len(os.sched_getaffinity(0)), len(todo)))
+    if executor is not None:
+        yield executor
+        return
+    if scheduler is not None:
+        with dask_executor(scheduler, folder, corpus) as executor:
+            yield executor
+        return
+    workers = max(1, min(num_proc or len(os.sched_getaffinity(0)), most))
     # spawn: a forked worker would inherit locks of threads that it does not have.
-    pool = executor or ProcessPoolExecutor(
+    pool = ProcessPoolExecutor(
         workers, mp_context=multiprocessing.get_context("spawn"), initializer=start_worker
     )
     try:
-        # The longest first: a compressed file is one unit, and must not be the last to begin.
-        todo.sort(key=lambda unit: -unit.bytes)
-        follow(
-            {pool.submit(build_unit, unit, tokenizer_sha256, settings, folder): unit for unit in todo},
-            sum(unit.bytes for unit in units),
-            folder,
-        )
+        yield pool
     except BrokenProcessPool:
         raise UserError(
             "a worker process ended before its work was done (killed for memory?); run the same command again with a lower "
             '--num-proc, finished shards are kept (a script of your own needs `if __name__ == "__main__":` around it)'
         ) from None
     finally:
-        if executor is None:
-            pool.shutdown(cancel_futures=True)
+        pool.shutdown(cancel_futures=True)
+
+
+def build_all(
+    units: list[Unit], tokenizer_sha256: str, settings: Settings, folder: Path, pool: Executor
+) -> Settings:
+    """Build every unit, after duplicates were found where that was asked, and return the settings they were built with.
+
+    What is kept for a sample is the wanted share of what cleaning leaves.
+    """
+    receipts = folder / RECEIPTS
+    if settings.cleaning.dedupe:
+        left = remove_duplicates(units, settings, receipts, pool)
+        settings = replace(settings, keep_fraction=min(1.0, settings.keep_fraction / left))
+    build_units(units, tokenizer_sha256, settings, folder, pool)
+    if leaking := leaks(units, receipts):
+        for unit in leaking:
+            for left_over in (folder / unit.language).glob(f"unit-{unit.number:05d}-*"):
+                files.remove_file(left_over)
+            files.remove_file(receipts / unit.name)
+        build_units(units, tokenizer_sha256, settings, folder, pool)
+    return settings
+
+
+def build_units(
+    units: list[Unit], tokenizer_sha256: str, settings: Settings, folder: Path, pool: Executor
+) -> None:
+    """Build every unit that has no receipt."""
+    todo = [unit for unit in units if not (folder / RECEIPTS / unit.name).exists()]
+    if len(todo) < len(units):
+        say(f"going on: {len(units) - len(todo)} of {len(units)} units are done")
+    # The longest first: a compressed file is one unit, and must not be the last to begin.
+    todo.sort(key=lambda unit: -unit.bytes)
+    follow(
+        {pool.submit(build_unit, unit, tokenizer_sha256, settings, folder): unit for unit in todo},
+        sum(unit.bytes for unit in units),
+        folder,
+    )
 
 
 def follow(futures: dict[Future[dict[str, int]], Unit], total: int, folder: Path) -> None:
@@ -297,7 +360,9 @@ def worker_tokenizer(folder: Path, sha256: str) -> Tokenizer:
 def build_unit(unit: Unit, tokenizer_sha256: str, settings: Settings, folder: Path) -> dict[str, int]:
     """Turn one unit into its shards, leave a receipt, and return its documents and tokens. Runs in a worker."""
     tokenizer = worker_tokenizer(folder / TOKENIZER, tokenizer_sha256)
-    ledger = Ledger()
+    scripts, window = ScriptTally(), Window(settings)
+    cleaner = Cleaner(settings.cleaning, dropped(unit, folder / RECEIPTS), scripts)
+    ledger = Ledger(accept=cleaner)
     dtype = token_dtype(tokenizer.vocab_size)
     writers = {
         split: ShardWriter(folder / unit.language, f"unit-{unit.number:05d}-{split}", dtype)
@@ -307,7 +372,7 @@ def build_unit(unit: Unit, tokenizer_sha256: str, settings: Settings, folder: Pa
     after = np.array([] if tokenizer.eos_id is None else [tokenizer.eos_id], dtype=dtype)
     note, noted = folder / RECEIPTS / f".{unit.name}.note.tmp", time.monotonic()
     done = {"documents": 0, "tokens": 0}
-    for texts, position in batches_of(unit, ledger, settings):
+    for texts, position in batches_of(unit, ledger, settings, cleaner, window):
         for (text, split), ids in zip(texts, tokenizer.encode_batch([text for text, _split in texts])):
             writers[split].add(np.concatenate([before, ids.astype(dtype), after]), len(text.encode()))
         done = {name: sum(getattr(writer, name) for writer in writers.values()) for name in done}
@@ -316,7 +381,8 @@ def build_unit(unit: Unit, tokenizer_sha256: str, settings: Settings, folder: Pa
             note.write_text(f"{position} {done['documents']} {done['tokens']}")
     shards = {split: writer.finish() for split, writer in writers.items()}
     receipt: dict[str, Any] = {split: asdict(shard) if shard else None for split, shard in shards.items()}
-    receipt["ledger"] = ledger.as_dict()
+    receipt |= {"ledger": ledger.as_dict(), "scripts": scripts.as_dict()}
+    window.save(unit, folder / RECEIPTS)
     files.write_atomic(folder / RECEIPTS / unit.name, json.dumps(receipt).encode())
     note.unlink(missing_ok=True)
     return done
@@ -331,13 +397,15 @@ def documents_of(unit: Unit, ledger: Ledger, settings: Settings) -> Iterator[tup
         read += part.bytes
 
 
-def batches_of(unit: Unit, ledger: Ledger, settings: Settings) -> Iterator[tuple[list[tuple[str, str]], int]]:
+def batches_of(
+    unit: Unit, ledger: Ledger, settings: Settings, cleaner: Cleaner, window: Window
+) -> Iterator[tuple[list[tuple[str, str]], int]]:
     """Yield (list of (text, split) of about BATCH_BYTES, input bytes read), without what the sample leaves out.
 
     Split and sample go by two independent hashes of the text, so they depend on nothing but the document; the
     documents that a long text is divided into stay together.
     """
-    test_below = int(settings.test_split[unit.language] * 2**64)
+    share = settings.test_split[unit.language]
     keep_below = int(settings.keep_fraction * 2**64)
     batch: list[tuple[str, str]] = []
     size = position = 0
@@ -345,7 +413,8 @@ def batches_of(unit: Unit, ledger: Ledger, settings: Settings) -> Iterator[tuple
         data = text.encode()
         if settings.keep_fraction < 1 and xxhash.xxh3_64_intdigest(data, seed=1) >= keep_below:
             continue
-        split = "test" if xxhash.xxh3_64_intdigest(data) < test_below else "train"
+        split = split_of(data, share)
+        window.note(data, cleaner.passed - 1, split == "test")
         pieces = divide(text)
         ledger.divided += len(pieces) - 1
         del text, data
@@ -375,6 +444,7 @@ def finish(units: list[Unit], tokenizer: Tokenizer, settings: Settings, folder: 
     """
     languages: dict[str, dict[str, Split]] = {}
     ledgers: dict[str, Ledger] = {}
+    scripts: dict[str, ScriptTally] = {}
     for unit in units:
         receipt = json.loads((folder / RECEIPTS / unit.name).read_text())
         splits = languages.setdefault(unit.language, {split: Split() for split in SPLITS})
@@ -384,19 +454,25 @@ def finish(units: list[Unit], tokenizer: Tokenizer, settings: Settings, folder: 
                 number_shard(folder / unit.language, shard, f"{split}-{len(splits[split].shards):05d}")
                 splits[split].add(shard)
         ledgers.setdefault(unit.language, Ledger()).add(Ledger.from_dict(receipt["ledger"]))
+        scripts.setdefault(unit.language, ScriptTally()).add(ScriptTally.from_dict(receipt["scripts"]))
     if not any(split.documents for splits in languages.values() for split in splits.values()):
         reasons = [line for ledger in ledgers.values() for line in ledger.describe()]
         raise UserError(
             f"the corpus holds no document ({'; '.join(reasons) or 'empty files'}); look at the first examples"
         )
     for language in languages:
+        for left in (folder / language).glob(".*.tmp"):  # of a worker that died while others went on
+            files.remove_file(left)
         files.sync_folder(folder / language)
     for language, ledger in ledgers.items():
         for line in ledger.describe():
             say(f"{language}: {line}")
+        for line in scripts[language].warnings(language):
+            say(line)
     rejected = {language: dict(sorted(ledger.rejected.items())) for language, ledger in ledgers.items()}
     facts = asdict(settings) | {
-        "records_read": {language: ledger.read for language, ledger in ledgers.items()}
+        "records_read": {language: ledger.read for language, ledger in ledgers.items()},
+        "scripts": {language: dict(sorted(tally.documents.items())) for language, tally in scripts.items()},
     }
     files.write_atomic(folder / "dataset.json", dump_description(languages, rejected, tokenizer, **facts))
     shutil.rmtree(folder / RECEIPTS, ignore_errors=True)

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
+from ekiden.corpus.cleaning import Cleaning
 from ekiden.corpus.documents import read_documents, row_groups
+from ekiden.corpus.hub import is_remote
 from ekiden.corpus.ledger import Ledger
 from ekiden.corpus.sources import SourceFile, is_compressed
 from ekiden.errors import UsageError
@@ -65,6 +67,7 @@ class Settings:
     test_split: dict[str, float]
     keep_fraction: float
     txt_documents: str
+    cleaning: Cleaning = field(default_factory=Cleaning)
 
 
 def plan_units(sources: dict[str, list[SourceFile]]) -> list[Unit]:
@@ -87,7 +90,7 @@ def plan_units(sources: dict[str, list[SourceFile]]) -> list[Unit]:
 
 def cut(file: SourceFile, unit_bytes: int) -> Iterator[Part]:
     """Yield the parts of one file, none much larger than `unit_bytes` where the format allows it."""
-    if file.format == ".parquet":
+    if file.format == ".parquet" and not is_remote(file.path):
         count = row_groups(file)
         step = max(1, count * unit_bytes // max(1, file.size))
         for first in range(0, count, step):
@@ -110,6 +113,11 @@ def test_splits(sources: dict[str, list[SourceFile]], asked: float) -> dict[str,
     }
 
 
+def split_of(data: bytes, share: float) -> str:
+    """Return the split of a document, by the hash of its UTF-8 bytes: 'test' for `share` of all documents."""
+    return "test" if xxhash.xxh3_64_intdigest(data) < int(share * 2**64) else "train"
+
+
 # -- a sample of so many tokens ------------------------------------------------------------------------------
 
 
@@ -128,7 +136,7 @@ def keep_fraction(
     return min(1.0, wanted / tokens) if tokens else 1.0
 
 
-def parse_count(size: str | int) -> int:
+def parse_count(size: str | int, setting: str = "--dataset-size") -> int:
     """Return the number in '10k', '1.5M', '2B', or a number.
 
     Raises:
@@ -137,7 +145,7 @@ def parse_count(size: str | int) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([kKMB]?)", str(size))
     count = int(float(match[1]) * {"": 1, "k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9}[match[2]]) if match else 0
     if count < 1:
-        raise UsageError(f"--dataset-size must be tokens such as 10k, 1M or 1B, not {size!r}")
+        raise UsageError(f"{setting} must be tokens such as 10k, 1M or 1B, not {size!r}")
     return count
 
 
@@ -189,7 +197,11 @@ def identity_of(
     """
     return {
         "files": {
-            f"{language}: {file.name}": [file.size, quick_hash(Path(file.path), file.size)]
+            # A name on the hub holds the commit, and with it every byte.
+            f"{language}: {file.name}": [
+                file.size,
+                "" if is_remote(file.path) else quick_hash(Path(file.path), file.size),
+            ]
             for language, source_files in sources.items()
             for file in source_files
         },

@@ -115,7 +115,7 @@ class Trainer:
             self.history.event("stop", self.counters.step, status="failed", reason=str(error))
             raise
         finally:
-            self.saving.wait()
+            self.saving.close()
             self.batches.close()
             self.history.close()
             if self.tracker:
@@ -267,7 +267,7 @@ class Trainer:
 
     def _roll_back(self, first_bad: int, count: int) -> None:
         """Go back to the newest good checkpoint (or the start) and leave out the batches that failed."""
-        self.saving.wait()
+        self.saving.close()
         self.batches.close()
         self.history.close()
         before = self.counters

@@ -108,6 +108,6 @@ class Saving:
             say(f"{target.name}/ could not be written ({error}); training goes on, the one before it stays")
             self.history.event("save-failed", step, problem=str(error), folder=target.name)
 
-    def wait(self) -> None:
-        """Return when no save is in flight."""
-        self._saver.wait()
+    def close(self) -> None:
+        """Return when no save is in flight; nothing may be saved after."""
+        self._saver.close()

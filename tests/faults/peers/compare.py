@@ -33,12 +33,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from campaign import make_shards
+from common import small_shards
+from power_cut import MOUNTS
 
 from peers.ekiden_trainer import Ekiden
 from peers.faults import Driver, Row, bit_flip, full_disk, kill, kill_in_write
 from peers.huggingface import HuggingFace
 from peers.lightning_trainer import Lightning, LightningOtherTmpdir
+from peers.power_cut_rows import power_cut, write_until_killed
 from peers.systems import System
 from peers.torch_scripts import Dcp, TorchRename, TorchSave
 
@@ -70,6 +72,7 @@ def run_faults(system: System, options: argparse.Namespace, work: Path, shards: 
             for kind, greedy in (("tmpfs", False), ("ext4", False), ("tmpfs", True))
         ],
         "bit-flip": lambda: bit_flip(driver, options.flips, options.seed),
+        "power-cut": lambda: [power_cut(driver, options.power_cuts, options.seed, mount) for mount in MOUNTS],
     }
     rows: dict[str, list[Row]] = {}
     for fault, run in runs.items():
@@ -139,6 +142,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--flips", type=int, default=100, help="for each of a system's two files; 200 in a single one"
     )
+    parser.add_argument("--power-cuts", type=int, default=12, help="for each system and way of mounting")
+    parser.add_argument("--writer", nargs=4, help=argparse.SUPPRESS)
     parser.add_argument("--only", type=names, default=[], help="systems, with commas")
     parser.add_argument("--faults", type=names, default=list(FAULTS), help="with commas: " + ",".join(FAULTS))
     parser.add_argument("--seed", type=int, default=0)
@@ -159,6 +164,10 @@ def main() -> None:
     """Run what was asked for, print tables and one JSON object."""
     options = parse()
     torch.set_num_threads(1)
+    if options.writer:
+        name, *paths = options.writer
+        write_until_killed(all_systems(options.other_tmp)[name].train, *map(Path, paths))
+        return
     systems = [
         system
         for name, system in all_systems(options.other_tmp).items()
@@ -167,7 +176,7 @@ def main() -> None:
     tables: dict[str, list[Row]] = {}
     with tempfile.TemporaryDirectory(dir=options.work) as name:
         (Path(name) / "data").mkdir()
-        shards = make_shards(Path(name) / "data")
+        shards = small_shards(Path(name) / "data")
         for system in systems:
             system.load_libraries()
             work = Path(name) / system.name

@@ -13,7 +13,7 @@ import torch
 
 from peers.trial import Session
 
-VOCAB, WIDTH, LAYERS, HEADS, LENGTH, BATCH, KEEP = 500, 160, 4, 4, 32, 4, 2
+VOCAB, WIDTH, LAYERS, HEADS, LENGTH, BATCH, KEEP = 400, 160, 4, 4, 32, 4, 2
 SAMPLES = 4096
 
 
