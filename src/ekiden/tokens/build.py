@@ -1,36 +1,26 @@
 """`preprocess`: from a corpus to token shards, in parallel, the same bytes whatever the number of workers.
 
-`units` cuts the corpus; here a worker turns one unit into one pair of shards per split and leaves a receipt, and a
-build that was killed keeps the units that have one. Any `concurrent.futures` executor whose workers see the output
-folder and the corpus under the same paths can run the units. `dataset.json` is written last, so a folder without it
-is an unfinished build and is never taken for data.
+`units` cuts the corpus, `worker` turns one unit into one pair of shards per split and leaves a receipt, and a build
+that was killed keeps the units that have one (`output_folder`). Here they are handed out, followed and put together.
+Any `concurrent.futures` executor whose workers see the output folder and the corpus under the same paths can run them.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import multiprocessing
 import os
-import re
 import shutil
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
-
-import filelock
-import numpy as np
-import xxhash
 
 from ekiden.checkpoint import files
-from ekiden.corpus.cleaning import Cleaner, Cleaning
-from ekiden.corpus.documents import divide, read_documents
+from ekiden.corpus.cleaning import Cleaning
 from ekiden.corpus.ledger import Ledger
 from ekiden.corpus.script import ScriptTally
 from ekiden.corpus.sources import discover
@@ -38,32 +28,27 @@ from ekiden.errors import UsageError, UserError
 from ekiden.progress import Progress, human_count, say
 from ekiden.tokenizer.load import Tokenizer, load_tokenizer
 from ekiden.tokens.cluster import dask_executor
-from ekiden.tokens.dedupe import Window, dropped, leaks, remove_duplicates
-from ekiden.tokens.format import (
-    SPLITS,
-    Shard,
-    ShardWriter,
-    Split,
-    TokenDataset,
-    dump_description,
-    token_dtype,
+from ekiden.tokens.dedupe import leaks, remove_duplicates
+from ekiden.tokens.format import SPLITS, Shard, Split, TokenDataset, dump_description
+from ekiden.tokens.output_folder import (
+    RECEIPTS,
+    finished_build,
+    locked,
+    number_shard,
+    pinned_commits,
+    prepare_folder,
 )
 from ekiden.tokens.units import (
     Settings,
     Unit,
-    difference,
     identity_of,
     keep_fraction,
     plan_units,
-    split_of,
     test_splits,
 )
-
-BATCH_BYTES = 1 << 20
-"""Text encoded in one call: enough to keep the call's cost small, little enough to bound a worker's memory."""
+from ekiden.tokens.worker import build_unit, start_worker
 
 POLL_SECONDS = 0.5
-RECEIPTS, TOKENIZER, MARKER, LOCK = ".receipts", "tokenizer", ".build", ".lock"
 
 
 def preprocess(
@@ -134,94 +119,6 @@ def preprocess(
             f"--output-dir {folder} could not be written ({error.strerror or error}); free some space and run the same "
             "command again, finished shards are kept"
         ) from None
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock, which a killed process loses.
-
-    Raises:
-        UserError: another build holds it; or the folder holds something that is no build.
-    """
-    if (
-        folder.exists()
-        and any(path.name != LOCK for path in folder.iterdir())
-        and not (folder / MARKER).exists()
-    ):
-        raise UserError(f"--output-dir {folder} is not empty; give a new folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(folder / LOCK, blocking=False)
-    try:
-        lock.acquire()
-    except filelock.Timeout:
-        raise UserError(
-            f"--output-dir {folder} is being written by another `ekiden preprocess`; wait for it, or give another folder"
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def finished_build(folder: Path, identity: dict[str, Any]) -> TokenDataset:
-    """Return the build that is already there.
-
-    Raises:
-        UserError: it is of another corpus, tokenizer or setting.
-    """
-    dataset = TokenDataset.open(folder)
-    if other := other_build(folder, identity):
-        raise UserError(
-            f"--output-dir {folder} holds shards of another corpus, tokenizer or setting ({other}); remove it or give "
-            "another folder"
-        )
-    shutil.rmtree(folder / RECEIPTS, ignore_errors=True)  # a kill just after dataset.json left them
-    say(f"{folder} is already complete")
-    return dataset
-
-
-def other_build(folder: Path, identity: dict[str, Any]) -> str:
-    """Return in words how the build in `folder` is another one than `identity`; '' where it is the same."""
-    try:
-        found = json.loads((folder / MARKER).read_bytes())
-    except FileNotFoundError:
-        return f"it has no {MARKER}"
-    except ValueError:
-        return "another version of the program made it"
-    # Through JSON, as the other one: tuples are lists there.
-    return difference(found, json.loads(json.dumps(identity)))
-
-
-def prepare_folder(folder: Path, identity: dict[str, Any], units: list[Unit], tokenizer: Tokenizer) -> None:
-    """Make the folder ready for a new build, or for going on with this very one.
-
-    Raises:
-        UserError: it holds another build.
-    """
-    if (folder / MARKER).exists():
-        if other := other_build(folder, identity):
-            raise UserError(
-                f"--output-dir {folder} holds an unfinished build of another corpus, tokenizer or setting ({other}); repeat "
-                "that command, remove the folder or give another"
-            )
-    else:
-        files.write_atomic(folder / MARKER, json.dumps(identity, ensure_ascii=False).encode())
-    for name in {unit.language for unit in units} | {RECEIPTS, TOKENIZER}:
-        files.make_folders(folder / name)
-        for left in (folder / name).glob(".*.tmp"):
-            files.remove_file(left)
-    for name, data in tokenizer.files.items():
-        files.write_atomic(folder / TOKENIZER / name, data)
-
-
-def pinned_commits(folder: Path) -> dict[str, str]:
-    """Return the commits of the hub's datasets that an unfinished build in `folder` reads, by OWNER/NAME."""
-    try:
-        names = json.loads((folder / MARKER).read_bytes())["files"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-    found = (re.fullmatch(r".+?: ([^/]+/[^/@]+)@([0-9a-f]{40})/.+", name) for name in names)
-    return {match[1]: match[2] for match in found if match}
 
 
 @contextlib.contextmanager
@@ -331,109 +228,6 @@ def read_note(folder: Path, unit: Unit) -> dict[str, int]:
     except (OSError, ValueError):
         numbers = []
     return dict(zip(("bytes", "documents", "tokens"), numbers if len(numbers) == 3 else (0, 0, 0)))
-
-
-def start_worker() -> None:
-    """Prepare a worker process: one thread for each, and it ends when the build is killed.
-
-    The pool's workers would otherwise wait for ever, and write beside those of the next build.
-    """
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-@functools.lru_cache(maxsize=1)
-def worker_tokenizer(folder: Path, sha256: str) -> Tokenizer:
-    """Return the tokenizer that lies in `folder`, opened once in a worker."""
-    tokenizer = load_tokenizer(folder)
-    assert tokenizer.sha256 == sha256
-    return tokenizer
-
-
-def build_unit(unit: Unit, tokenizer_sha256: str, settings: Settings, folder: Path) -> dict[str, int]:
-    """Turn one unit into its shards, leave a receipt, and return its documents and tokens. Runs in a worker."""
-    tokenizer = worker_tokenizer(folder / TOKENIZER, tokenizer_sha256)
-    scripts, window = ScriptTally(), Window(settings)
-    cleaner = Cleaner(settings.cleaning, dropped(unit, folder / RECEIPTS), scripts)
-    ledger = Ledger(accept=cleaner)
-    dtype = token_dtype(tokenizer.vocab_size)
-    writers = {
-        split: ShardWriter(folder / unit.language, f"unit-{unit.number:05d}-{split}", dtype)
-        for split in SPLITS
-    }
-    before = np.array([] if tokenizer.bos_id is None else [tokenizer.bos_id], dtype=dtype)
-    after = np.array([] if tokenizer.eos_id is None else [tokenizer.eos_id], dtype=dtype)
-    note, noted = folder / RECEIPTS / f".{unit.name}.note.tmp", time.monotonic()
-    done = {"documents": 0, "tokens": 0}
-    for texts, position in batches_of(unit, ledger, settings, cleaner, window):
-        for (text, split), ids in zip(texts, tokenizer.encode_batch([text for text, _split in texts])):
-            writers[split].add(np.concatenate([before, ids.astype(dtype), after]), len(text.encode()))
-        done = {name: sum(getattr(writer, name) for writer in writers.values()) for name in done}
-        if time.monotonic() - noted > POLL_SECONDS:
-            noted = time.monotonic()
-            note.write_text(f"{position} {done['documents']} {done['tokens']}")
-    shards = {split: writer.finish() for split, writer in writers.items()}
-    receipt: dict[str, Any] = {split: asdict(shard) if shard else None for split, shard in shards.items()}
-    receipt |= {"ledger": ledger.as_dict(), "scripts": scripts.as_dict()}
-    window.save(unit, folder / RECEIPTS)
-    files.write_atomic(folder / RECEIPTS / unit.name, json.dumps(receipt).encode())
-    note.unlink(missing_ok=True)
-    return done
-
-
-def documents_of(unit: Unit, ledger: Ledger, settings: Settings) -> Iterator[tuple[str, int]]:
-    """Yield (text, input bytes of the unit read so far) of every document of a unit."""
-    read = 0
-    for part in unit.parts:
-        for text in read_documents(part.file, ledger, part.start, part.end, settings.txt_documents):
-            yield text, read + ledger.position
-        read += part.bytes
-
-
-def batches_of(
-    unit: Unit, ledger: Ledger, settings: Settings, cleaner: Cleaner, window: Window
-) -> Iterator[tuple[list[tuple[str, str]], int]]:
-    """Yield (list of (text, split) of about BATCH_BYTES, input bytes read), without what the sample leaves out.
-
-    Split and sample go by two independent hashes of the text, so they depend on nothing but the document; the
-    documents that a long text is divided into stay together.
-    """
-    share = settings.test_split[unit.language]
-    keep_below = int(settings.keep_fraction * 2**64)
-    batch: list[tuple[str, str]] = []
-    size = position = 0
-    for text, position in documents_of(unit, ledger, settings):
-        data = text.encode()
-        if settings.keep_fraction < 1 and xxhash.xxh3_64_intdigest(data, seed=1) >= keep_below:
-            continue
-        split = split_of(data, share)
-        window.note(data, cleaner.passed - 1, split == "test")
-        pieces = divide(text)
-        ledger.divided += len(pieces) - 1
-        del text, data
-        for piece in pieces:
-            batch.append((piece, split))
-            size += len(piece)
-            if size >= BATCH_BYTES:
-                yield batch, position
-                batch, size = [], 0
-    if batch:
-        yield batch, position
-
-
-def number_shard(folder: Path, shard: Shard, name: str) -> None:
-    """Give a unit's shard its final name, numbered without gaps; one that a killed build had named is left as it is."""
-    for suffix in (".bin", ".idx"):
-        if (folder / (shard.name + suffix)).exists():
-            files.rename(folder / (shard.name + suffix), folder / (name + suffix))
-    shard.name = name
 
 
 def finish(units: list[Unit], tokenizer: Tokenizer, settings: Settings, folder: Path) -> TokenDataset:

@@ -31,6 +31,7 @@ from ekiden.tokenizer.load import Tokenizer, load_tokenizer
 from ekiden.tokens.format import TokenDataset
 from ekiden.tokens.mixture import plan_mixture
 from ekiden.tokens.units import Unit, parse_count, plan_units
+from ekiden.tokens.worker import start_worker
 
 TEMPERATURES = (1.0, 0.7, 0.5, 0.3, 0.0)
 SAMPLED_DOCUMENTS = 256
@@ -251,8 +252,6 @@ def of_corpus(
     units: list[Unit], tokenizer: str | None, num_proc: int | None, txt_documents: str
 ) -> dict[str, Language]:
     """Return what the languages of a corpus consist of, after reading all of it in worker processes."""
-    from ekiden.tokens.build import start_worker
-
     if tokenizer is not None:
         load_tokenizer(tokenizer)  # its sentence comes before the work
     workers = max(1, min(num_proc or len(os.sched_getaffinity(0)), len(units)))
