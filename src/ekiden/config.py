@@ -138,6 +138,9 @@ class TrainConfig:
     theirs, and on Kaggle no more than its 20 GB of output allow."""
     background_save: bool = True
     """Write checkpoints beside training, from a copy of the state; off: training waits for the disk."""
+    mirror: str = ""
+    """Copy of the newest checkpoint elsewhere, uploaded beside training: hf://OWNER/REPO, s3://BUCKET/FOLDER, any
+    fsspec URL or a folder. The same command on an empty machine goes on from it. Empty: none."""
     resume_from: str = "auto"
     """auto: the newest verified checkpoint of output_dir, else a fresh start. Or the path of one checkpoint."""
 
@@ -157,7 +160,7 @@ class TrainConfig:
 RESUME_FREE = frozenset(
     "dataset_path output_dir max_steps epochs max_time device num_threads compile log_steps eval_steps eval_tokens "
     "sample_steps sample_prompts sample_tokens save_steps max_checkpoints checkpoint_budget background_save "
-    "resume_from max_bad_steps max_rollbacks use_wandb wandb_project batch_size gradient_accumulation_steps "
+    "mirror resume_from max_bad_steps max_rollbacks use_wandb wandb_project batch_size gradient_accumulation_steps "
     "learning_rate min_learning_rate_ratio loss_chunk_size".split()
 )
 """May change on resume; the change is recorded in the history. `batch_size` and `gradient_accumulation_steps` may

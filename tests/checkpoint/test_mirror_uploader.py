@@ -48,12 +48,12 @@ def test_one_upload_at_a_time_and_the_newest_next(run: MirroredRun) -> None:
     assert gate.started.acquire(timeout=60)
     assert (gate.began, protected, uploader.busy) == ([1, 3], {3}, True)
     gate.open.release()
-    assert uploader.close(60)
+    assert uploader.wait(60)
     assert (gate.began, protected, uploader.busy) == ([1, 3], set(), False)
     # It can be used again.
     uploader.submit(checkpoints[2])
     gate.open.release()
-    assert uploader.close(60)
+    assert uploader.wait(60)
     assert gate.began == [1, 3, 2]
     assert uploader.failures() == []
 
@@ -62,13 +62,15 @@ def test_the_same_step_again_stays_protected(run: MirroredRun) -> None:
     gate, protected = Gate(), set[int]()
     uploader = MirrorUploader(gate, run.extras, protected)  # type: ignore[arg-type]
     checkpoint = run.save(1)
-    for _ in range(3):
+    uploader.submit(checkpoint)
+    assert gate.started.acquire(timeout=60)
+    for _ in range(2):
         uploader.submit(checkpoint)
     gate.open.release()
-    assert gate.started.acquire(timeout=60) and gate.started.acquire(timeout=60)
+    assert gate.started.acquire(timeout=60)
     assert protected == {1}
     gate.open.release()
-    assert uploader.close(60)
+    assert uploader.wait(60)
     assert (gate.began, protected) == ([1, 1], set())
 
 
@@ -79,13 +81,13 @@ def test_a_failure_is_kept_for_the_loop_and_ends_nothing(run: MirroredRun, error
     gate.error = error
     uploader.submit(run.save(1))
     gate.open.release()
-    assert uploader.close(60)
+    assert uploader.wait(60)
     assert uploader.failures() == [error]
     assert uploader.failures() == [] and protected == set()
     gate.error = None
     uploader.submit(run.save(2))
     gate.open.release()
-    assert uploader.close(60)
+    assert uploader.wait(60)
     assert uploader.failures() == []
 
 
@@ -95,11 +97,12 @@ def test_closing_leaves_an_upload_that_takes_longer_and_drops_what_waits(run: Mi
     uploader.submit(run.save(1))
     assert gate.started.acquire(timeout=60)
     uploader.submit(run.save(2))
-    assert not uploader.close(0.01)
+    assert not uploader.wait(0.01)
+    uploader.close()
     # What is in flight still reads its files.
     assert protected == {1}
     gate.open.release()
-    assert uploader.close(60)
+    assert uploader.wait(60)
     assert (gate.began, protected) == ([1], set())
 
 
@@ -113,7 +116,7 @@ def test_retention_leaves_what_is_in_flight(run: MirroredRun) -> None:
         run.save(step)
     assert first.path.is_dir()
     gate.open.release()
-    assert uploader.close(60)
+    assert uploader.wait(60)
     run.save(5)
     assert not first.path.exists()
 
@@ -122,6 +125,6 @@ def test_checkpoints_of_a_run_arrive(run: MirroredRun) -> None:
     uploader = MirrorUploader(run.mirror, run.extras, run.store.protected)
     for step in (1, 2, 3, 4, 5):
         uploader.submit(run.save(step))
-    assert uploader.close(60)
+    assert uploader.wait(60)
     assert uploader.failures() == []
     assert run.standing() == 5

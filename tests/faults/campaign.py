@@ -1,10 +1,11 @@
 """The kill campaign: runs ended by SIGKILL, at random moments and aimed at the file operations of
-saves, renames, deletions and loads, and resumed until done, against an uninterrupted one.
+saves, renames, deletions, loads and the mirror's upload, and resumed until done, against an uninterrupted one.
 
     python tests/faults/campaign.py --kills 100 --preset gemma3-tiny
 
 Every trial is a fresh process running `ekiden.train`, forked from one that has imported everything (an import of
 torch costs more than a trial). What a trial must leave, and the expected result, are kept outside the run directory.
+Every run has a mirror; after half of the kills in an upload the run directory is gone, as with the machine.
 The last line printed is one JSON object.
 """
 
@@ -27,6 +28,7 @@ from typing import Any
 
 from ekiden.checkpoint import files
 from ekiden.checkpoint.manifest import read_manifest
+from ekiden.checkpoint.mirror import open_mirror
 from ekiden.config import TrainConfig, build_config
 from ekiden.quickstart import standard_library_prose
 from ekiden.tokenizer.train import train_tokenizer
@@ -83,6 +85,8 @@ class Aim:
                 time.sleep(60)  # the signal may take its time
 
 
+MIRROR = "mirror"
+"""Name of the folder that the mirrors are in."""
 AIMS: dict[str, Callable[[str, Path], bool]] = {
     "in a save": lambda operation, path: ".tmp-step" in str(path) or ".new-" in str(path),
     "at a rename": lambda operation, path: operation in ("rename", "exchange", "sync"),
@@ -90,9 +94,16 @@ AIMS: dict[str, Callable[[str, Path], bool]] = {
         ".trash-" in str(path) or (operation == "rename" and path.name.startswith("step-"))
     ),
     "in a load": lambda operation, path: operation in ("open", "read"),
+    "in the mirror's upload": lambda _operation, path: MIRROR in path.parts,
 }
 """Kinds of moment, as what `files.fault_hook` is told of an operation; the trailing n is drawn at random."""
-SPREAD = {"in a save": 300, "at a rename": 90, "in a deletion": 60, "in a load": 40}
+SPREAD = {
+    "in a save": 300,
+    "at a rename": 90,
+    "in a deletion": 60,
+    "in a load": 40,
+    "in the mirror's upload": 300,
+}
 """The largest n drawn for each kind: about as many as a run of 30 steps has of them."""
 
 
@@ -178,6 +189,12 @@ def acknowledged(run: Path) -> int:
     return max(steps, default=0)
 
 
+def mirrored(mirror: Path) -> int:
+    """Return the newest step that counts on a mirror."""
+    newest = open_mirror(str(mirror)).newest()
+    return newest.step if newest else 0
+
+
 def resumed_from(run: Path) -> dict[int, int]:
     """Return the step that each session went on from, by the number of its process."""
     records = read_history(run / "history.jsonl")
@@ -212,12 +229,12 @@ def campaign(
     turns = itertools.cycle(rows)
     number = 0
     while sum(row["tries"] for row in rows.values()) < kills:
-        run, number = folder / f"run-{number}", number + 1
+        run, mirror, number = folder / f"run-{number}", folder / MIRROR / f"run-{number}", number + 1
         suffered: list[str] = []
         went_wrong: list[str] = []
-        before = 0
+        before = on_mirror = 0
         while True:
-            config = settings(preset, shards, run, steps)
+            config = settings(preset, shards, run, steps, mirror=str(mirror))
             if sum(row["tries"] for row in rows.values()) >= kills:
                 done = trial(config, log)
             elif (kind := next(turns)) in AIMS:
@@ -229,11 +246,14 @@ def campaign(
                 went_wrong += suffered[-1:]
             if done.status is not None:
                 break
-            after = acknowledged(run)
+            after, then_on_mirror = acknowledged(run), mirrored(mirror)
             rows[kind]["tries"] += 1
-            rows[kind]["data_lost"] += after < before
+            rows[kind]["data_lost"] += after < before or then_on_mirror < on_mirror
             suffered.append(kind)
-            before = after
+            before, on_mirror = after, then_on_mirror
+            if MIRROR in kind and generator.random() < 0.5:
+                shutil.rmtree(run)
+                before = on_mirror
         found = outcome(run) if done.status == 0 else None
         same = (
             found == expected
@@ -247,6 +267,7 @@ def campaign(
             rows[kind]["resumed"] -= 1
         if same and not went_wrong:
             shutil.rmtree(run)
+            shutil.rmtree(mirror)
     return list(rows.values())
 
 

@@ -32,16 +32,16 @@ class MirrorUploader:
         self._state = threading.Condition()
         self._waiting: Checkpoint | None = None
         self._current: Checkpoint | None = None
-        self._thread: threading.Thread | None = None
+        self._closed = False
         self._failures: deque[BaseException] = deque()
+        # Now and not at each upload: where memory is short, a thread that cannot begin is waited for without end.
+        threading.Thread(target=self._work, name="mirror-upload", daemon=True).start()
 
     def submit(self, checkpoint: Checkpoint) -> None:
         """Have `checkpoint` uploaded next, in place of one that waits; never blocks."""
         with self._state:
             self._replace(waiting=checkpoint)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="mirror-upload", daemon=True)
-                self._thread.start()
+            self._state.notify_all()
 
     def _replace(self, waiting: Checkpoint | None) -> None:
         """Set what waits, and protect just what waits and what is in flight; the lock is held."""
@@ -51,42 +51,54 @@ class MirrorUploader:
         self._protected.update(one.step for one in (self._waiting, self._current) if one is not None)
 
     def _work(self) -> None:
-        while True:
-            with self._state:
-                if self._current is not None:
-                    self._protected.discard(self._current.step)
-                self._current, waiting = self._waiting, self._waiting
-                self._replace(waiting=None)
-                if waiting is None:
-                    self._thread = None
-                    self._state.notify_all()
-                    return
+        while (checkpoint := self._next()) is not None:
             try:
-                self.mirror.upload(waiting, self.extras)
+                self.mirror.upload(checkpoint, self.extras)
             except BaseException as error:  # whatever it was, the loop has to hear of it
                 self._failures.append(error)
+
+    def _next(self) -> Checkpoint | None:
+        """Return what to upload, after waiting for it; None: there will be no more."""
+        with self._state:
+            if self._current is not None:
+                self._protected.discard(self._current.step)
+                self._current = None
+                self._replace(self._waiting)
+            self._state.notify_all()
+            while self._waiting is None and not self._closed:
+                self._state.wait()
+            self._current, waiting = self._waiting, self._waiting
+            self._replace(waiting=None)
+            return waiting
 
     @property
     def busy(self) -> bool:
         """Whether an upload is in flight or waits."""
         with self._state:
-            return self._thread is not None
+            return self._busy
+
+    @property
+    def _busy(self) -> bool:
+        return self._waiting is not None or self._current is not None
 
     def failures(self) -> list[BaseException]:
         """Return the errors of uploads that failed since the last call, oldest first."""
         return [self._failures.popleft() for _ in range(len(self._failures))]
 
-    def close(self, timeout: float) -> bool:
-        """Wait at most `timeout` seconds for what was handed over; return whether all of it is done.
-
-        What is not done may be left: the mirror keeps the step that it holds. What waits for the one in flight is
-        dropped then.
-        """
+    def wait(self, timeout: float) -> bool:
+        """Wait at most `timeout` seconds for what was handed over; return whether all of it is done."""
         end = time.monotonic() + timeout
         with self._state:
-            while self._thread is not None and (left := end - time.monotonic()) > 0:
+            while self._busy and (left := end - time.monotonic()) > 0:
                 self._state.wait(left)
-            done = self._thread is None
-            if not done:
-                self._replace(waiting=None)
-            return done
+            return not self._busy
+
+    def close(self) -> None:
+        """Drop what waits, and end the thread after what is in flight; nothing may be handed over after.
+
+        What is in flight may be left: cut off, it leaves the mirror with the step that it holds.
+        """
+        with self._state:
+            self._replace(waiting=None)
+            self._closed = True
+            self._state.notify_all()

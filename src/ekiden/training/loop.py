@@ -81,6 +81,7 @@ class Trainer:
             self.counters.wandb_run_id = self.tracker.run_id
         self.step_seconds = 0.0
         self.last_loss: float | None = None
+        self.stopped_for: str | None = None
         self.verified_resume = self.start.resumed_from is None
         run.write_config(config)
 
@@ -101,7 +102,7 @@ class Trainer:
         try:
             if not resumed or self.start.notes["level"] != "L1":
                 self._try_memory()
-            reason = self._steps()
+            reason = self.stopped_for = self._steps()
             if reason is None:
                 result = self._complete()
             else:
@@ -110,16 +111,22 @@ class Trainer:
                 say(f"stopped at step {self.counters.step} ({reason}); run the same command again to go on")
             self.history.event("stop", self.counters.step, status=result.status, reason=result.reason)
             self.directory.write_result(result)
+            self.saving.upload()  # once more: with the last records and the result
             return result
         except Exception as error:
             self.history.event("stop", self.counters.step, status="failed", reason=str(error))
             raise
         finally:
-            self.saving.close()
+            self.saving.close(give_up=self._stop_again)
             self.batches.close()
             self.history.close()
             if self.tracker:
                 self.tracker.close()
+
+    def _stop_again(self) -> bool:
+        """Return whether there is a reason to stop beside the one that the steps ended for, or the time is up."""
+        reason = self.interruption.stop_reason(0.0)
+        return reason is not None and (reason == "time limit" or reason != self.stopped_for)
 
     def _steps(self) -> str | None:
         """Train until the last step, or until there is a reason to stop; return the reason."""
@@ -267,7 +274,7 @@ class Trainer:
 
     def _roll_back(self, first_bad: int, count: int) -> None:
         """Go back to the newest good checkpoint (or the start) and leave out the batches that failed."""
-        self.saving.close()
+        self.saving.close(give_up=lambda: False)
         self.batches.close()
         self.history.close()
         before = self.counters
@@ -331,11 +338,9 @@ class Trainer:
             self.tracker.log(record)
         say(f"step {counters.step} evaluation\n{format_evaluation(result)}")
         loss = result["macro"]["loss"] if result["macro"] else None
-        if (
-            loss is not None
-            and math.isfinite(loss)
-            and (counters.best_loss is None or loss < counters.best_loss)
-        ):
+        # best/ is not mirrored: on a new machine the best is the best since then.
+        none_yet = counters.best_loss is None or not self.directory.best.is_dir()
+        if loss is not None and math.isfinite(loss) and (none_yet or loss < counters.best_loss):
             counters.best_loss = loss
             self.saving.write_model(self.directory.best, loss)
         return result

@@ -12,6 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ekiden.checkpoint.background import BackgroundSaver
+from ekiden.checkpoint.mirror import MirrorError
+from ekiden.checkpoint.mirror_state import EXTRAS, IDENTITY
+from ekiden.checkpoint.mirror_uploader import MirrorUploader
 from ekiden.checkpoint.store import CheckpointError, CheckpointWriter, replace_folder
 from ekiden.errors import UserError
 from ekiden.export.huggingface import model_folder_files
@@ -19,6 +22,8 @@ from ekiden.progress import say
 from ekiden.training.history import History
 from ekiden.training.start import Start
 from ekiden.training.state import Snapshot
+
+_SECONDS_BEFORE_WORDS, _SECONDS_BETWEEN_LOOKS = 2.0, 0.2
 
 
 class Saving:
@@ -33,7 +38,12 @@ class Saving:
         self.state, self.store = start.state, start.store
         self.folder_files = model_folder_files(start.state.model, start.tokenizer)
         self.saved_step = start.resumed_from.step if start.resumed_from else -1
+        self._newest = start.resumed_from
         self._saver = BackgroundSaver()
+        self._uploader: MirrorUploader | None = None
+        if start.mirror is not None:
+            extras = {name: history.path.with_name(name) for name in EXTRAS}
+            self._uploader = MirrorUploader(start.mirror, extras, start.store.protected)
 
     @property
     def checkpoint(self) -> str | None:
@@ -76,21 +86,33 @@ class Saving:
         def save() -> None:
             began = time.perf_counter()
             facts = {"tokens": snapshot.trainer["counters"]["tokens"]}
+            facts |= {name: snapshot.trainer["identity"][name] for name in IDENTITY}
             if loss is not None and math.isfinite(loss):
                 facts["loss"] = loss
-            self.store.save(snapshot.step, write, facts)
+            self._newest = self.store.save(snapshot.step, write, facts)
             counters.save_seconds = max(counters.save_seconds, time.perf_counter() - began)
+            self.upload()
 
         return save
 
+    def upload(self) -> None:
+        """Have the newest checkpoint and the run's small files copied to the mirror, where there is one, beside training."""
+        if self._uploader is not None and self._newest is not None:
+            self._uploader.submit(self._newest)
+
     def check(self) -> None:
-        """Report what became of the save in the background; one that failed counts as no checkpoint."""
+        """Report what became of saves and uploads in the background; a save that failed counts as no checkpoint."""
         for error in self._saver.failures():
             self.saved_step = -1
             if not isinstance(error, (CheckpointError, OSError)):
                 raise error
             say(f"a checkpoint could not be saved ({error}); training goes on, older checkpoints stay")
             self.history.event("save-failed", self.state.counters.step, problem=str(error))
+        for error in self._uploader.failures() if self._uploader else []:
+            if not isinstance(error, MirrorError):
+                raise error
+            say(f"{error}; training goes on, the next checkpoint is tried again")
+            self.history.event("mirror-failed", self.state.counters.step, problem=str(error))
 
     def write_model(self, target: Path, loss: float | None) -> None:
         """Write the weights of this step as a Hugging Face folder, replacing the one before it atomically."""
@@ -108,6 +130,19 @@ class Saving:
             say(f"{target.name}/ could not be written ({error}); training goes on, the one before it stays")
             self.history.event("save-failed", step, problem=str(error), folder=target.name)
 
-    def close(self) -> None:
-        """Return when no save is in flight; nothing may be saved after."""
+    def close(self, give_up: Callable[[], bool]) -> None:
+        """Return when no save is in flight and no upload, or `give_up` says that uploads are not waited for.
+
+        Nothing may be saved after.
+        """
         self._saver.close()
+        if self._uploader is None:
+            return
+        if not self._uploader.wait(_SECONDS_BEFORE_WORDS):
+            say(f"copying to mirror {self._uploader.mirror.url}; what is on this disk is whole already")
+            while not self._uploader.wait(_SECONDS_BETWEEN_LOOKS):
+                if give_up():
+                    say("the mirror keeps the step that it had")
+                    break
+        self._uploader.close()
+        self.check()

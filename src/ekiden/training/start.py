@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import platform
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 import transformers
 
 import ekiden
+from ekiden.checkpoint.mirror import Mirror, open_mirror, restore_from_mirror
 from ekiden.checkpoint.store import Checkpoint, CheckpointStore, recover_folder
 from ekiden.config import TrainConfig
 from ekiden.errors import UserError
@@ -37,8 +39,8 @@ from ekiden.values import parse_bytes
 class Start:
     """Everything the loop needs.
 
-    max_steps: optimizer steps of the whole run. resumed_from: the checkpoint, or None for a fresh start. notes: what
-    the start's event records.
+    mirror: where checkpoints are copied to, or None. max_steps: optimizer steps of the whole run. resumed_from: the
+    checkpoint, or None for a fresh start. notes: what the start's event records.
     """
 
     state: TrainingState
@@ -46,6 +48,7 @@ class Start:
     tokenizer: Tokenizer
     batches: Batches
     store: CheckpointStore
+    mirror: Mirror | None
     device: torch.device
     precision: Precision
     max_steps: int
@@ -70,7 +73,9 @@ def prepare(config: TrainConfig, run: RunDirectory) -> Start:
     if budget is None:
         budget = default_checkpoint_budget(run.checkpoints)
     store = CheckpointStore(run.checkpoints, config.max_checkpoints, budget)
-    checkpoint = find_checkpoint(config, store)
+    identity = {"data": dataset.fingerprint, "tokenizer": dataset.tokenizer_sha256}
+    mirror = open_mirror(config.mirror) if config.mirror else None
+    checkpoint = find_checkpoint(config, store, newest_own(store, run, mirror, identity))
     saved = checkpoint.json("trainer_state.json") if checkpoint else None
     global_batch = config.batch_size * config.gradient_accumulation_steps
     changed: dict[str, tuple[Any, Any]] = {}
@@ -95,12 +100,9 @@ def prepare(config: TrainConfig, run: RunDirectory) -> Start:
         body(model).compile()
     optimizer = build_optimizer(model, config)
     scaler = torch.amp.GradScaler(device.type) if precision.use_scaler else None
-    identity = {
-        "data": dataset.fingerprint,
-        "tokenizer": dataset.tokenizer_sha256,
-        "environment": environment(device, precision, threads, compiled),
-    }
-    state = TrainingState(config, model, optimizer, scaler, mixture, identity)
+    identity["run_id"] = saved["identity"]["run_id"] if saved else uuid.uuid4().hex
+    facts = {**identity, "environment": environment(device, precision, threads, compiled)}
+    state = TrainingState(config, model, optimizer, scaler, mixture, facts)
     if checkpoint and saved:
         state.restore(checkpoint)
         if "batch_size" in changed:
@@ -111,10 +113,36 @@ def prepare(config: TrainConfig, run: RunDirectory) -> Start:
     max_steps = config.max_steps or steps_of_epochs(config, dataset, global_batch)
     notes = describe(state, max_steps, saved, changed)
     batches = Batches(dataset, mixture, global_batch)
-    return Start(state, dataset, tokenizer, batches, store, device, precision, max_steps, checkpoint, notes)
+    return Start(
+        state, dataset, tokenizer, batches, store, mirror, device, precision, max_steps, checkpoint, notes
+    )
 
 
-def find_checkpoint(config: TrainConfig, store: CheckpointStore) -> Checkpoint | None:
+def newest_own(
+    store: CheckpointStore, run: RunDirectory, mirror: Mirror | None, identity: dict[str, Any]
+) -> Checkpoint | None:
+    """Return the newest good checkpoint of this run, fetched first where the mirror has a newer one.
+
+    Raises:
+        UserError: some exist and none is good, here or there; or the mirror holds another run, or is needed and cannot
+            be read.
+    """
+    if mirror is None:
+        return store.newest()
+    own, problem = None, None
+    try:
+        own = store.newest()
+    except UserError as error:
+        problem = error
+    known = {**identity, **({"run_id": own.manifest.run["run_id"]} if own else {})}
+    if restore_from_mirror(mirror, store.folder, run.path, own.step if own else None, known):
+        return store.newest()
+    if problem:
+        raise problem
+    return own
+
+
+def find_checkpoint(config: TrainConfig, store: CheckpointStore, own: Checkpoint | None) -> Checkpoint | None:
     """Return the checkpoint to go on from: the newest good one of this run, else the one asked for, else None.
 
     A run that began with `--resume-from` goes on from its own checkpoints when the same command is given again.
@@ -122,7 +150,6 @@ def find_checkpoint(config: TrainConfig, store: CheckpointStore) -> Checkpoint |
     Raises:
         UserError: the one asked for is missing or damaged; or some exist and none is good.
     """
-    own = store.newest()
     if config.resume_from == "auto":
         return own
     path = Path(config.resume_from)

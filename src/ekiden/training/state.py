@@ -202,6 +202,6 @@ def changed_settings(saved: dict[str, Any], config: TrainConfig) -> dict[str, tu
             flag = "--" + name.replace("_", "-")
             raise UserError(
                 f"{flag} {after} differs from the {before} this run began with; give {flag} {before}, or another "
-                "--output-dir for a new run"
+                f"--output-dir{' and --mirror' if config.mirror else ''} for a new run"
             )
     return changed
