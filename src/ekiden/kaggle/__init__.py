@@ -1,0 +1,1 @@
+"""Kaggle: a corpus shipped as datasets, a run carried over as many sessions as it takes, the model brought home."""

@@ -1,0 +1,54 @@
+"""A tiny corpus, packed; a run of it that was never interrupted; and sessions to run legs in."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "faults"))
+import campaign
+import common
+from sessions import Zygote
+
+from ekiden.config import to_yaml
+from ekiden.kaggle.pack import plan_pack, write_part
+
+STEPS = 20
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return token shards of two languages."""
+    return common.small_shards(tmp_path_factory.mktemp("kaggle-shards"))
+
+
+@pytest.fixture(scope="session")
+def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
+    """Yield the process that legs are forked from."""
+    started = Zygote(tmp_path_factory.mktemp("zygote"))
+    yield started
+    started.close()
+
+
+@pytest.fixture(scope="session")
+def recipe(shards: Path) -> str:
+    """Return a recipe of a run of 20 steps that takes a second."""
+    config = campaign.settings(
+        "gemma3-tiny", Path(), Path(), STEPS, eval_steps=5, dataset_path="", output_dir=""
+    )
+    return to_yaml(config)
+
+
+@pytest.fixture(scope="session")
+def packed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Return the shards as two datasets: folder by reference."""
+    folder = tmp_path_factory.mktemp("packed")
+    size = sum(path.stat().st_size for path in shards.rglob("*") if path.is_file())
+    pack = plan_pack(shards, "tiny-corpus", max_part_bytes=size // 2 + 1, chunk_bytes=size // 4 + 1)
+    assert pack.parts == 2
+    for part in (1, 2):
+        write_part(pack, part, folder / str(part))
+    return {f"tester/tiny-corpus-{part}": folder / str(part) for part in (1, 2)}
