@@ -45,5 +45,5 @@ lock:  ## write requirements.lock from what is installed in .venv
 clean:  ## remove the environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build src/*.egg-info
 
-faults: $(READY)  ## the kill campaign: 100 SIGKILLs a model family
-	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/campaign.py --kills 100
+faults: $(READY)  ## the whole fault campaign: 500 SIGKILLs, every system call, power cuts, damage, memory
+	$(BIN)/python tests/faults/table.py
