@@ -18,6 +18,7 @@ _PUBLIC = {
     "train_tokenizer": "ekiden.tokenizer.train",
     "load_tokenizer": "ekiden.tokenizer.load",
     "load_model": "ekiden.export.load",
+    "load_json_checkpoint": "ekiden.checkpoint.json_format",
     "evaluate": "ekiden.evaluation.loss",
     "generate": "ekiden.generation",
 }

@@ -141,8 +141,14 @@ class TrainConfig:
     mirror: str = ""
     """Copy of the newest checkpoint elsewhere, uploaded beside training: hf://OWNER/REPO, s3://BUCKET/FOLDER, any
     fsspec URL or a folder. The same command on an empty machine goes on from it. Empty: none."""
+    checkpoint_format: Literal["folder", "json"] = "folder"
+    """json: best/ and final_model/ also as best_model.json and final_model.json (weights, step, config, tokenizer)."""
     resume_from: str = "auto"
-    """auto: the newest verified checkpoint of output_dir, else a fresh start. Or the path of one checkpoint."""
+    """auto: the newest verified checkpoint of output_dir, else a fresh start. Or a run, a checkpoint, a Hugging Face
+    folder, a .pt or a .json: the whole state where it is Ekiden's, else its weights, and optimizer and step if they fit."""
+    init_from: str = ""
+    """Weights to begin a new run with, at step 0: a run, a checkpoint, a Hugging Face folder, a .pt or a .json of the
+    same shape and tokenizer. Empty: random ones."""
 
     # Bad steps
     max_bad_steps: int = 3
@@ -160,8 +166,8 @@ class TrainConfig:
 RESUME_FREE = frozenset(
     "dataset_path output_dir max_steps epochs max_time device num_threads compile log_steps eval_steps eval_tokens "
     "sample_steps sample_prompts sample_tokens save_steps max_checkpoints checkpoint_budget background_save "
-    "mirror resume_from max_bad_steps max_rollbacks use_wandb wandb_project batch_size gradient_accumulation_steps "
-    "learning_rate min_learning_rate_ratio loss_chunk_size".split()
+    "mirror checkpoint_format resume_from init_from max_bad_steps max_rollbacks use_wandb wandb_project batch_size "
+    "gradient_accumulation_steps learning_rate min_learning_rate_ratio loss_chunk_size".split()
 )
 """May change on resume; the change is recorded in the history. `batch_size` and `gradient_accumulation_steps` may
 only change together so that the global batch stays; `training.state` checks that. `dataset_path` may move, its
@@ -346,6 +352,10 @@ def validate(config: TrainConfig) -> TrainConfig:
         raise UsageError("--num-attention-heads must be a multiple of --num-key-value-heads")
     if config.max_steps == 0 and config.epochs == 0:
         raise UsageError("one of --max-steps and --epochs must be above 0")
+    if config.init_from and config.resume_from != "auto":
+        raise UsageError(
+            "--init-from begins at step 0 and --resume-from goes on where the other ended; give one of them"
+        )
     parse_duration(config.max_time, "--max-time")
     parse_bytes(config.checkpoint_budget, "--checkpoint-budget")
     return config

@@ -21,14 +21,16 @@ from ekiden.checkpoint.convert import open_tree
 from ekiden.checkpoint.folder import Checkpoint
 from ekiden.checkpoint.folder_format import WEIGHTS, is_folder, is_folder_tree
 from ekiden.checkpoint.lazy import LazyTensor, load_tree
+from ekiden.checkpoint.listing import step_folders
 from ekiden.checkpoint.manifest import NAME as MANIFEST
 from ekiden.checkpoint.strict_json import Damaged, parse_json
 from ekiden.errors import UserError
 from ekiden.export.load import find_model
+from ekiden.progress import say
 from ekiden.training.foreign_optimizer import take_optimizer
-from ekiden.training.state import TrainingState
+from ekiden.training.state import SavedState, TrainingState
 
-STATE = "trainer_state.json"
+STATE, OPTIMIZER = "trainer_state.json", "optimizer.safetensors"
 _WRAPPERS = re.compile(r"(^|\.)(?:(?:module|_orig_mod)\.)+")
 _STEP_KEYS = ("step", "global_step", "iter_num", "iteration", "steps", "iter")
 _BUFFERS = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")
@@ -66,20 +68,31 @@ class ConvertedCheckpoint:
         Raises:
             UserError: there is no such file, or its bytes cannot be read.
         """
-        held = (
-            self.tree["model_state_dict"] if filename == WEIGHTS else self.tree["safetensors"].get(filename)
-        )
-        if not isinstance(held, dict):
+        return load_tree(self.lazy(filename))
+
+    def lazy(self, filename: str) -> dict[str, LazyTensor]:
+        """Return the tensors of one of its safetensors files, still in the checkpoint.
+
+        Raises:
+            UserError: there is no such file.
+        """
+        tree = self.tree
+        held = tree.get("model_state_dict") if filename == WEIGHTS else tree["safetensors"].get(filename)
+        if not isinstance(held, dict) or not all(isinstance(value, LazyTensor) for value in held.values()):
             raise UserError(f"{self.path} holds no {filename}; convert it again without --weights-only")
-        return load_tree(held)
+        return held
 
 
-def open_any(path: Path) -> Checkpoint | ConvertedCheckpoint | None:
+def open_any(path: Path) -> SavedState | None:
     """Return the checkpoint at `path` where it is a whole one of Ekiden's, in any format; None where it is not.
+
+    Of a run directory it is the newest good checkpoint.
 
     Raises:
         UserError: nothing is there, or it is damaged or of a format that is not read.
     """
+    if path.is_dir() and not is_folder(path) and (path / "checkpoints").is_dir():
+        return _newest_of_run(path)
     if (path / MANIFEST).is_file() and (path / STATE).is_file():
         return Checkpoint.open(path)
     tree = open_tree(path)
@@ -93,7 +106,48 @@ def open_any(path: Path) -> Checkpoint | ConvertedCheckpoint | None:
         or type(step) is not int
     ):
         return None
-    return ConvertedCheckpoint(path, step, tree)
+    checkpoint = ConvertedCheckpoint(path, step, tree)
+    state = checkpoint.json(STATE)
+    parts = ("config", "counters", "mixture", "identity")
+    if not isinstance(state, dict) or not all(isinstance(state.get(part), dict) for part in parts):
+        raise UserError(f"{path}: its {STATE} is not a run's; convert the checkpoint's folder again")
+    return checkpoint
+
+
+def _newest_of_run(run: Path) -> Checkpoint | None:
+    """Return the newest good checkpoint of a run that may be at work, changing nothing."""
+    for folder in step_folders(run / "checkpoints"):
+        try:
+            return Checkpoint.open(folder)
+        except UserError as error:
+            say(f"passed over {folder.name}: {error}")
+    return None
+
+
+def restore_any(state: TrainingState, checkpoint: SavedState) -> None:
+    """Put `checkpoint` into `state`; one that was converted may have been changed by hand, so it is looked at closer.
+
+    Raises:
+        UserError: its tensors are not this model's, or it is not whole.
+    """
+    if not isinstance(checkpoint, ConvertedCheckpoint):
+        state.restore(checkpoint)
+        return
+    shapes = {name: parameter.shape for name, parameter in state.model.named_parameters()}
+    try:
+        for full_name, moment in checkpoint.lazy(OPTIMIZER).items():
+            key, name = full_name.split("/", 1)
+            if tuple(moment.shape) != (() if key == "step" else tuple(shapes[name])):
+                raise UserError(
+                    f"{checkpoint.path}: {full_name} has the shape {list(moment.shape)}, which is not its weight's; "
+                    "convert the checkpoint's folder again, or take its weights alone with --init-from"
+                )
+        state.restore(checkpoint)
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise UserError(
+            f"{checkpoint.path} is not a whole checkpoint of this model ({type(error).__name__}: {str(error)[:80]}); "
+            "convert the checkpoint's folder again, or take its weights alone with --init-from"
+        ) from None
 
 
 @dataclass
@@ -120,12 +174,15 @@ class ForeignReport:
         return text + (f"; not taken or different: {'; '.join(self.notes)}" if self.notes else "")
 
 
-def take_foreign(path: str | Path, state: TrainingState, weights_only: bool = False) -> ForeignReport:
+def take_foreign(
+    path: str | Path, state: TrainingState, weights_only: bool = False, max_steps: int = 0
+) -> ForeignReport:
     """Put the weights at `path` into `state`, and optimizer and step where they are there and fit.
 
     Args:
         path: `.pt`, `.pth`, `.json`, a folder of safetensors, or a run directory (then its best model).
         weights_only: begin at step 0 with these weights (`--init-from`).
+        max_steps: optimizer steps of the whole run; 0: the setting of that name.
 
     Raises:
         UserError: it does not hold this model's weights; the sentence names the first one that is missing, left over
@@ -144,7 +201,8 @@ def take_foreign(path: str | Path, state: TrainingState, weights_only: bool = Fa
         )
     matched = _match(path, foreign, state.model)
     _note_config(tree, state, report)
-    report.step, limit = None if weights_only else _find_step(tree), state.config.max_steps
+    report.step = None if weights_only else _find_step(tree)
+    limit = max_steps or state.config.max_steps
     if report.step is not None and limit and report.step >= limit:
         raise UserError(
             f"{path} has done {report.step} steps, and --max-steps is {limit}; give more steps, or --init-from"

@@ -333,9 +333,6 @@ class Trainer:
         """Evaluate every language, keep the best model so far; return the figures."""
         counters = self.counters
         result = self._evaluate_within_memory(tokens_per_language)
-        record = self.history.add("eval", counters.step, **result)
-        if self.tracker:
-            self.tracker.log(record)
         say(f"step {counters.step} evaluation\n{format_evaluation(result)}")
         loss = result["macro"]["loss"] if result["macro"] else None
         # best/ is not mirrored: on a new machine the best is the best since then.
@@ -343,6 +340,10 @@ class Trainer:
         if loss is not None and math.isfinite(loss) and (none_yet or loss < counters.best_loss):
             counters.best_loss = loss
             self.saving.write_model(self.directory.best, loss)
+        # Recorded last: a session killed before here evaluates this step again, and keeps its model.
+        record = self.history.add("eval", counters.step, **result)
+        if self.tracker:
+            self.tracker.log(record)
         return result
 
     def _evaluate_within_memory(self, tokens_per_language: int) -> dict[str, Any]:
@@ -393,6 +394,8 @@ class Trainer:
         """Evaluate, save and export at the last step."""
         already = self.start.resumed_from is not None and self.start.resumed_from.step == self.start.max_steps
         if already and self.directory.final_model.is_dir():
+            for folder in (self.directory.best, self.directory.final_model):
+                self.saving.write_json(folder)
             say(f"all {self.start.max_steps} steps are done; raise --max-steps to train on")
             return self._result("completed", "all steps done")
         self.saving.save(self.last_loss, wait=True)

@@ -11,11 +11,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from ekiden.checkpoint import files
 from ekiden.checkpoint.background import BackgroundSaver
+from ekiden.checkpoint.convert import write_json_model
+from ekiden.checkpoint.manifest import NAME as MANIFEST
 from ekiden.checkpoint.mirror import MirrorError
 from ekiden.checkpoint.mirror_state import EXTRAS, IDENTITY
 from ekiden.checkpoint.mirror_uploader import MirrorUploader
-from ekiden.checkpoint.store import CheckpointError, CheckpointWriter, replace_folder
+from ekiden.checkpoint.store import Checkpoint, CheckpointError, CheckpointWriter, replace_folder
 from ekiden.errors import UserError
 from ekiden.export.huggingface import model_folder_files
 from ekiden.progress import say
@@ -37,8 +40,11 @@ class Saving:
         self.start, self.history = start, history
         self.state, self.store = start.state, start.store
         self.folder_files = model_folder_files(start.state.model, start.tokenizer)
-        self.saved_step = start.resumed_from.step if start.resumed_from else -1
-        self._newest = start.resumed_from
+        # A checkpoint that lies elsewhere, or was converted, is none of this run's yet.
+        resumed = start.resumed_from
+        own = isinstance(resumed, Checkpoint) and resumed.path.resolve().parent == self.store.folder.resolve()
+        self._newest: Checkpoint | None = resumed if isinstance(resumed, Checkpoint) and own else None
+        self.saved_step = self._newest.step if self._newest else -1
         self._saver = BackgroundSaver()
         self._uploader: MirrorUploader | None = None
         if start.mirror is not None:
@@ -129,6 +135,27 @@ class Saving:
         except (CheckpointError, OSError) as error:
             say(f"{target.name}/ could not be written ({error}); training goes on, the one before it stays")
             self.history.event("save-failed", step, problem=str(error), folder=target.name)
+        self.write_json(target)
+
+    def write_json(self, folder: Path) -> None:
+        """Write the model in `folder` as JSON beside it where that is wanted and not there yet.
+
+        `best/` becomes `best_model.json`, and `final_model/` `final_model.json`.
+        """
+        manifest = folder / MANIFEST
+        if self.state.config.checkpoint_format != "json" or not manifest.is_file():
+            return
+        path = folder.with_name(folder.name.removesuffix("_model") + "_model.json")
+        try:
+            if path.exists() and path.stat().st_mtime_ns > manifest.stat().st_mtime_ns:
+                return
+            for left in path.parent.glob(f".{path.name}.*.tmp"):
+                files.remove_file(left)  # of a killed process
+            write_json_model(folder, path)
+        except (UserError, OSError) as error:
+            problem = files.reason(error) if isinstance(error, OSError) else str(error)
+            say(f"{path.name} could not be written ({problem}); {folder.name}/ holds the same")
+            self.history.event("save-failed", self.state.counters.step, problem=problem, folder=path.name)
 
     def close(self, give_up: Callable[[], bool]) -> None:
         """Return when no save is in flight and no upload, or `give_up` says that uploads are not waited for.

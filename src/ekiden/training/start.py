@@ -29,9 +29,10 @@ from ekiden.tokenizer.load import Tokenizer
 from ekiden.tokens.batches import Batches
 from ekiden.tokens.format import TokenDataset
 from ekiden.tokens.mixture import Mixture, plan_mixture
+from ekiden.training.foreign import open_any, restore_any, take_foreign
 from ekiden.training.optimizer import build_optimizer
 from ekiden.training.rundir import RunDirectory, default_checkpoint_budget
-from ekiden.training.state import TrainingState, changed_settings
+from ekiden.training.state import SavedState, TrainingState, changed_settings
 from ekiden.values import parse_bytes
 
 
@@ -52,7 +53,7 @@ class Start:
     device: torch.device
     precision: Precision
     max_steps: int
-    resumed_from: Checkpoint | None
+    resumed_from: SavedState | None
     notes: dict[str, Any]
 
 
@@ -75,7 +76,7 @@ def prepare(config: TrainConfig, run: RunDirectory) -> Start:
     store = CheckpointStore(run.checkpoints, config.max_checkpoints, budget)
     identity = {"data": dataset.fingerprint, "tokenizer": dataset.tokenizer_sha256}
     mirror = open_mirror(config.mirror) if config.mirror else None
-    checkpoint = find_checkpoint(config, store, newest_own(store, run, mirror, identity))
+    checkpoint = find_checkpoint(config, newest_own(store, run, mirror, identity))
     saved = checkpoint.json("trainer_state.json") if checkpoint else None
     global_batch = config.batch_size * config.gradient_accumulation_steps
     changed: dict[str, tuple[Any, Any]] = {}
@@ -100,18 +101,19 @@ def prepare(config: TrainConfig, run: RunDirectory) -> Start:
         body(model).compile()
     optimizer = build_optimizer(model, config)
     scaler = torch.amp.GradScaler(device.type) if precision.use_scaler else None
-    identity["run_id"] = saved["identity"]["run_id"] if saved else uuid.uuid4().hex
+    identity["run_id"] = (saved["identity"].get("run_id") if saved else None) or uuid.uuid4().hex
     facts = {**identity, "environment": environment(device, precision, threads, compiled)}
     state = TrainingState(config, model, optimizer, scaler, mixture, facts)
     if checkpoint and saved:
-        state.restore(checkpoint)
+        restore_any(state, checkpoint)
         if "batch_size" in changed:
             state.counters.microbatch_schedule.append([checkpoint.step, config.batch_size])
     else:
         state.counters.global_batch = global_batch
         state.counters.microbatch_schedule = [[0, config.batch_size]]
     max_steps = config.max_steps or steps_of_epochs(config, dataset, global_batch)
-    notes = describe(state, max_steps, saved, changed)
+    taken = None if checkpoint else take_weights(config, state, max_steps)
+    notes = describe(state, max_steps, saved, changed) | ({"taken": taken} if taken else {})
     batches = Batches(dataset, mixture, global_batch)
     return Start(
         state, dataset, tokenizer, batches, store, mirror, device, precision, max_steps, checkpoint, notes
@@ -142,29 +144,46 @@ def newest_own(
     return own
 
 
-def find_checkpoint(config: TrainConfig, store: CheckpointStore, own: Checkpoint | None) -> Checkpoint | None:
+def find_checkpoint(config: TrainConfig, own: Checkpoint | None) -> SavedState | None:
     """Return the checkpoint to go on from: the newest good one of this run, else the one asked for, else None.
 
-    A run that began with `--resume-from` goes on from its own checkpoints when the same command is given again.
+    A run that began with `--resume-from` or `--init-from` goes on from its own checkpoints when the same command is
+    given again. None also where only the weights of what is asked for can be taken (`take_weights`).
 
     Raises:
         UserError: the one asked for is missing or damaged; or some exist and none is good.
     """
-    if config.resume_from == "auto":
+    given = config.init_from or config.resume_from
+    if given == "auto":
         return own
-    path = Path(config.resume_from)
-    if not path.is_dir():
-        raise UserError(
-            f"--resume-from {path} is not a checkpoint folder; give RUN/checkpoints/step-N, or auto"
-        )
-    asked = Checkpoint.open(path)
-    if own is None or own.step < asked.step:
-        return asked
-    if own.path.resolve() != asked.path.resolve():
+    path = Path(given)
+    asked = None
+    if not config.init_from and (own is None or path.exists()):
+        asked = open_any(path)
+        if asked is not None and (own is None or own.step < asked.step):
+            return asked
+    if own is not None and (asked is None or own.path.resolve() != asked.path.resolve()):
         say(
-            f"going on from {own.path.name} of this run; give another --output-dir to branch off at {asked.path.name}"
+            f"going on from {own.path.name} of this run; give another --output-dir to begin with {path} again"
         )
     return own
+
+
+def take_weights(config: TrainConfig, state: TrainingState, max_steps: int) -> str | None:
+    """Put what fits of `--init-from`, or of a `--resume-from` that is no whole checkpoint, into a fresh state.
+
+    Returns:
+        What was taken and what was not, in a sentence; None where nothing is asked for.
+
+    Raises:
+        UserError: it does not hold this model's weights.
+    """
+    given = config.init_from or config.resume_from
+    if given == "auto":
+        return None
+    report = take_foreign(given, state, weights_only=bool(config.init_from), max_steps=max_steps)
+    say(report.sentence())
+    return report.sentence()
 
 
 def fresh_mixture(config: TrainConfig, dataset: TokenDataset, global_batch: int) -> Mixture:

@@ -11,18 +11,37 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ekiden.checkpoint.store import Checkpoint, CheckpointWriter
+from ekiden.checkpoint.store import CheckpointWriter
 from ekiden.config import RESUME_FREE, TrainConfig
 from ekiden.errors import UserError
 from ekiden.tokens.mixture import Mixture
 
 TensorDict = dict[str, torch.Tensor]
+
+
+class SavedState(Protocol):
+    """A whole checkpoint of Ekiden's: a verified folder, or what was converted from one."""
+
+    @property
+    def path(self) -> Path:
+        """Where it lies."""
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done when it was saved."""
+
+    def json(self, filename: str) -> Any:
+        """Return the value of one of its JSON files."""
+
+    def tensors(self, filename: str) -> TensorDict:
+        """Return the tensors of one of its safetensors files."""
 
 
 @dataclass
@@ -140,7 +159,7 @@ class TrainingState:
                 tensors[f"{key}/{name}"] = _copy(value)
         return tensors
 
-    def restore(self, checkpoint: Checkpoint) -> None:
+    def restore(self, checkpoint: SavedState) -> None:
         """Put `checkpoint` into this state.
 
         Raises:
