@@ -157,11 +157,14 @@ def find_checkpoint(config: TrainConfig, own: Checkpoint | None) -> SavedState |
     if given == "auto":
         return own
     path = Path(given)
-    asked = None
-    if not config.init_from and (own is None or path.exists()):
-        asked = open_any(path)
-        if asked is not None and (own is None or own.step < asked.step):
-            return asked
+    settings = own.json("trainer_state.json")["config"] if own else {}
+    began_with_it = given in (settings.get("init_from"), settings.get("resume_from"))
+    if not path.exists() and not began_with_it:
+        flag = "--init-from" if config.init_from else "--resume-from"
+        raise UserError(f"{flag} {path} does not exist; give a run, a checkpoint, a folder, a .pt or a .json")
+    asked = open_any(path) if path.exists() and not config.init_from else None
+    if asked is not None and (own is None or own.step < asked.step):
+        return asked
     if own is not None and (asked is None or own.path.resolve() != asked.path.resolve()):
         say(
             f"going on from {own.path.name} of this run; give another --output-dir to begin with {path} again"
