@@ -59,8 +59,8 @@ class TrainConfig:
     """Linear position scaling of Gemma 3's global layers (8 for the 4B shape)."""
     max_length: int = 512
     """Tokens in one sample, and the context length the model is trained for."""
-    initialization: Literal["default", "scaled"] = "default"
-    """Weights at step 0: `default` is transformers'; `scaled` starts Gemma 3 with quieter residual branches."""
+    initialization: Literal["huggingface", "scaled"] = "huggingface"
+    """Weights at step 0: transformers' own, or scaled so that every block starts quiet beside the residual stream."""
 
     # The order of the data
     seed: int = 1337
@@ -87,10 +87,20 @@ class TrainConfig:
     """Stop and save before this much time has passed since the process began: 11h30m, 45m, 90s. Empty: no limit."""
 
     # The optimizer
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """adamw for every parameter, or muon for the matrices of the blocks and AdamW for the rest."""
     learning_rate: float = 1e-3
-    """Peak learning rate of AdamW."""
+    """Peak learning rate of AdamW; with muon of vectors, and of the embedding times sqrt(256 / hidden_size)."""
+    matrix_learning_rate: float = 0.02
+    """Peak learning rate of muon's matrices, the same for every width."""
+    muon_momentum: float = 0.95
+    """Muon's decay of the momentum."""
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    """Learning rate after the warm-up: cosine, or wsd: constant, then a line down over the last decay_ratio of the run."""
+    decay_ratio: float = 0.2
+    """Share of the run's steps in which wsd decays."""
     min_learning_rate_ratio: float = 0.1
-    """Learning rate at the last step, as a share of the peak (cosine decay)."""
+    """Learning rate at the last step, as a share of the peak."""
     warmup_steps: int = 100
     """Steps of linear warm-up from 0; at most a tenth of the run is used."""
     weight_decay: float = 0.1
@@ -167,7 +177,8 @@ RESUME_FREE = frozenset(
     "dataset_path output_dir max_steps epochs max_time device num_threads compile log_steps eval_steps eval_tokens "
     "sample_steps sample_prompts sample_tokens save_steps max_checkpoints checkpoint_budget background_save "
     "mirror checkpoint_format resume_from init_from max_bad_steps max_rollbacks use_wandb wandb_project batch_size "
-    "gradient_accumulation_steps learning_rate min_learning_rate_ratio loss_chunk_size".split()
+    "gradient_accumulation_steps learning_rate min_learning_rate_ratio loss_chunk_size "
+    "matrix_learning_rate schedule decay_ratio".split()
 )
 """May change on resume; the change is recorded in the history. `batch_size` and `gradient_accumulation_steps` may
 only change together so that the global batch stays; `training.state` checks that. `dataset_path` may move, its
@@ -332,7 +343,8 @@ def validate(config: TrainConfig) -> TrainConfig:
     """
     positive = (
         "hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim intermediate_size max_length "
-        "batch_size gradient_accumulation_steps loss_chunk_size log_steps sliding_window max_bad_steps learning_rate"
+        "batch_size gradient_accumulation_steps loss_chunk_size log_steps sliding_window max_bad_steps learning_rate "
+        "matrix_learning_rate"
     )
     for name in positive.split():
         if getattr(config, name) <= 0:
@@ -350,6 +362,11 @@ def validate(config: TrainConfig) -> TrainConfig:
         )
     if config.num_attention_heads % config.num_key_value_heads:
         raise UsageError("--num-attention-heads must be a multiple of --num-key-value-heads")
+    for name in ("decay_ratio", "min_learning_rate_ratio", "muon_momentum", "beta1", "beta2"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise UsageError(
+                f"--{name.replace('_', '-')} must be a share from 0 to 1, not {getattr(config, name)}"
+            )
     if config.max_steps == 0 and config.epochs == 0:
         raise UsageError("one of --max-steps and --epochs must be above 0")
     if config.init_from and config.resume_from != "auto":

@@ -98,7 +98,7 @@ def test_weights_depend_on_the_seed_alone(preset):
 
 
 @pytest.mark.parametrize("preset", FAMILIES)
-@pytest.mark.parametrize("initialization", ["default", "scaled"])
+@pytest.mark.parametrize("initialization", ["huggingface", "scaled"])
 def test_gemma_pad_row_is_zero_and_absent_pad_is_allowed(preset, initialization):
     padded = head_weight(model(preset, pad=3, initialization=initialization))
     free = head_weight(model(preset, pad=None, initialization=initialization))

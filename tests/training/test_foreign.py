@@ -29,7 +29,9 @@ GPT2 = {"preset": "gpt2-10m", "hidden_size": 32, "num_hidden_layers": 2, "num_at
 
 def fresh(settings: Settings, **more: Any) -> TrainingState:
     """Return the state of a run before its first step."""
-    config = settings(8, **{**GPT2, "intermediate_size": 64, "weight_decay": 0.0, "seed": 99, **more})
+    config = settings(
+        8, **{**GPT2, "intermediate_size": 64, "weight_decay": 0.0, "seed": 99, "optimizer": "adamw", **more}
+    )
     return prepare(config, RunDirectory(config.output_dir)).state
 
 
@@ -158,6 +160,23 @@ def test_names_and_places_that_scripts_use(
     assert_taken(state, script.model)
     assert report.step == (7 if place else None)
     assert "no optimizer was found" in report.sentence()
+
+
+def test_muon_takes_adams_first_moment_as_its_momentum(
+    script: PlainScript, settings: Settings, batches: torch.Tensor, tmp_path: Path
+) -> None:
+    script.train(6)
+    torch.save(script.checkpoint(), tmp_path / "script.pt")
+    state = fresh(settings, optimizer="muon", max_steps=60)
+    assert take_foreign(tmp_path / "script.pt", state).moments == len(list(script.model.parameters()))
+    theirs = dict(script.model.named_parameters())
+    for name, parameter in state.model.named_parameters():
+        kept, moments = state.optimizer.state[parameter], script.optimizer.state[theirs[name]]
+        key = "momentum_buffer" if parameter.dim() == 2 and ".h." in name else "exp_avg"
+        assert torch.equal(kept[key], moments["exp_avg"])
+        assert (key == "exp_avg") == ("exp_avg_sq" in kept)
+    before = one_step(state.model, state.optimizer, batches[0])
+    assert one_step(state.model, state.optimizer, batches[0]) < before
 
 
 def test_nanogpt_layout_is_turned_with_its_moments(

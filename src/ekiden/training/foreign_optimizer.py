@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ekiden.checkpoint.lazy import LazyTensor
+from ekiden.training.muon import Muon
 
 if TYPE_CHECKING:
     from ekiden.training.foreign import Matched
@@ -89,6 +90,8 @@ def _order(groups: list[dict[str, Any]], indices: list[list[int]], matched: Matc
 @torch.no_grad()
 def _fill(by_name: dict[str, dict[str, Any]], matched: Matched, state: TrainingState) -> None:
     parameters = dict(state.model.named_parameters())
+    matrices = state.optimizer.matrices if isinstance(state.optimizer, Muon) else []
+    muon = {id(matrix.parameter) for matrix in matrices}
     state.optimizer.state.clear()
     for name, entry in by_name.items():
         parameter = parameters[name]
@@ -100,4 +103,7 @@ def _fill(by_name: dict[str, dict[str, Any]], matched: Matched, state: TrainingS
         for key in _MOMENTS:
             moment = matched.load(name, entry[key])
             kept[key] = torch.empty_like(parameter).copy_(moment)
+        if id(parameter) in muon:
+            # An average of gradients like Adam's first moment; its length does not matter to Muon.
+            kept = {"momentum_buffer": kept["exp_avg"]}
         state.optimizer.state[parameter] = kept

@@ -16,6 +16,7 @@ import torch
 from ekiden.modeling.build import head_weight, hidden_states
 from ekiden.modeling.device import Precision
 from ekiden.modeling.loss import chunked_cross_entropy
+from ekiden.training.optimizer import set_learning_rate
 
 fault_hook: Callable[[int, str], None] | None = None
 """Called with (microbatch index, 'forward' | 'backward') before each; tests raise from it what a device would."""
@@ -100,8 +101,7 @@ def apply_update(
     if max_grad_norm > 0:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, grad_norm)
     skipped = (~(torch.isfinite(loss) & torch.isfinite(grad_norm))).float()
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+    set_learning_rate(optimizer, learning_rate)
     # torch's own protocol between GradScaler and fused optimizers; used for every precision.
     optimizer.grad_scale, optimizer.found_inf = None, skipped  # type: ignore[attr-defined]
     optimizer.step()

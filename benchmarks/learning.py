@@ -1,0 +1,331 @@
+"""What a recipe learns from a token: small models on real text, bits per byte of every language against tokens.
+
+    python benchmarks/learning.py --corpus CORPUS --folder OUT --quick
+
+Trains both families with Ekiden's own `train` for a fixed number of tokens, for every recipe, seed and learning rate
+asked for, and compares them. A finished run is kept in `OUT/runs/` under its recipe, rate, seed and tokens; the same
+command again does only what is missing, and goes on with what was interrupted. `--report` trains nothing.
+
+`tokens_ratio` is the share of the plan recipe's tokens with which another recipe ends where the plan's ends (macro
+bits per byte), from runs of several lengths, each with its own schedule; between two lengths it is interpolated in
+the logarithm of the tokens. `konkani_change_percent` compares the mixture of the default with a proportional one,
+all else equal. The last line printed is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import multiprocessing
+import shutil
+import statistics
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+SHAPES: dict[str, dict[str, Any]] = {
+    # 3.1M parameters with 4,096 pieces.
+    "gemma3": {
+        "preset": "gemma3-tiny",
+        "hidden_size": 192,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "head_dim": 48,
+        "intermediate_size": 512,
+        "sliding_window": 128,
+    },
+    # 3.5M.
+    "gpt2": {
+        "preset": "gpt2-10m",
+        "hidden_size": 192,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 6,
+        "head_dim": 32,
+        "intermediate_size": 768,
+    },
+}
+"""Models of the comparison."""
+
+COMMON: dict[str, Any] = {"max_length": 256, "batch_size": 4, "temperature": 0.5, "max_grad_norm": 1.0}
+"""Settings of every recipe that does not change them."""
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "plan": {
+        "optimizer": "adamw",
+        "schedule": "cosine",
+        "initialization": "huggingface",
+        "weight_decay": 0.1,
+        "beta1": 0.9,
+        "beta2": 0.95,
+        "min_learning_rate_ratio": 0.1,
+        "warmup_steps": 100,
+    },
+}
+"""What each recipe sets."""
+
+RECIPES["muon"] = {
+    **RECIPES["plan"],
+    "optimizer": "muon",
+    "initialization": "scaled",
+    "schedule": "wsd",
+    "decay_ratio": 0.6,
+    "min_learning_rate_ratio": 0.0,
+}
+BASELINE = "plan"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run: what tells it from the others."""
+
+    family: str
+    recipe: str
+    rate: float
+    seed: int
+    tokens: int
+    more: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Folder of the run."""
+        more = "".join(f"-{key}={value}" for key, value in self.more)
+        return f"{self.family}-{self.recipe}-lr{self.rate:g}-seed{self.seed}-{self.tokens}{more}"
+
+
+def prepare(corpus: str, folder: Path, vocab_size: int) -> Path:
+    """Return token shards of the corpus under a tokenizer of its own; made once."""
+    from ekiden.tokenizer.train import train_tokenizer
+    from ekiden.tokens.build import preprocess
+
+    tokenizer, shards = folder / "tokenizer.model", folder / "shards"
+    if not tokenizer.exists():
+        train_tokenizer([corpus], str(tokenizer), vocab_size=vocab_size, model_type="bpe")
+    preprocess([corpus], str(tokenizer), str(shards), test_split=0.01, num_proc=1)
+    return shards
+
+
+def train_one(run: Run, shards: Path, folder: Path, threads: int, evaluations: int) -> dict[str, Any]:
+    """Train `run` unless it is done; return its curve: tokens and bits per byte of every evaluation."""
+    place = folder / "runs" / run.name
+    finished = place.with_suffix(".json")
+    if finished.exists():
+        return json.loads(finished.read_text())
+    import torch
+
+    from ekiden.config import build_config
+    from ekiden.training.history import read_history
+    from ekiden.training.loop import train
+
+    torch.set_num_interop_threads(1)
+    settings = {**SHAPES[run.family], **COMMON, **RECIPES[run.recipe], **dict(run.more)}
+    config = build_config(settings.pop("preset"), **settings)
+    steps = run.tokens // (config.batch_size * config.gradient_accumulation_steps * config.max_length)
+    every = max(1, steps // evaluations)
+    run_settings = {
+        "dataset_path": str(shards),
+        "output_dir": str(place),
+        "max_steps": steps,
+        ("matrix_learning_rate" if settings.get("optimizer") == "muon" else "learning_rate"): run.rate,
+        "seed": run.seed,
+        "num_threads": threads,
+        "eval_steps": every,
+        "eval_tokens": 8192,
+        "save_steps": 2 * every,
+        "max_checkpoints": 2,
+        "sample_tokens": 1,
+    }
+    place.mkdir(parents=True, exist_ok=True)
+    with (
+        (place / "log.txt").open("a") as log,
+        contextlib.redirect_stderr(log),
+        contextlib.redirect_stdout(log),
+    ):
+        train(build_config(SHAPES[run.family]["preset"], **{**settings, **run_settings}))
+    per_step = steps and run.tokens // steps
+    records = list(read_history(place / "history.jsonl"))
+    evaluated = [record for record in records if record["kind"] == "eval"]
+    result = {
+        "run": asdict(run),
+        "tokens": [record["step"] * per_step for record in evaluated],
+        "bits_per_byte": [bits_of(record) for record in evaluated],
+        "seconds": max(record["seconds"] for record in records if record["kind"] == "train"),
+        "losses": [(r["step"], r["loss"], r["grad_norm"]) for r in records if r["kind"] == "train"],
+    }
+    finished.write_text(json.dumps(result))
+    for name in ("checkpoints", "best", "final_model"):
+        shutil.rmtree(place / name, ignore_errors=True)
+    return result
+
+
+def bits_of(record: dict[str, Any]) -> dict[str, float]:
+    """Return bits per byte of every language and their mean, from an evaluation's record."""
+    bits = {name: figures["bits_per_byte"] for name, figures in record["languages"].items()}
+    return {**bits, "macro": record["macro"]["bits_per_byte"]}
+
+
+def finished_runs(folder: Path) -> list[tuple[Run, dict[str, Any]]]:
+    """Return every finished run and its result."""
+    results = []
+    for path in sorted((folder / "runs").glob("*.json")):
+        result = json.loads(path.read_text())
+        fields = result["run"]
+        fields["more"] = tuple((key, value) for key, value in fields["more"])
+        results.append((Run(**fields), result))
+    return results
+
+
+def final(result: dict[str, Any]) -> dict[str, float]:
+    """Return the bits per byte at the end of a run."""
+    return result["bits_per_byte"][-1]
+
+
+def groups(results: list[tuple[Run, dict[str, Any]]]) -> dict[tuple[str, ...], list[dict[str, float]]]:
+    """Return the final figures of all seeds, by (family, recipe with its changes, rate, tokens)."""
+    grouped: dict[tuple[Any, ...], list[dict[str, float]]] = {}
+    for run, result in results:
+        name = run.recipe + "".join(f" {key}={value}" for key, value in run.more)
+        grouped.setdefault((run.family, name, run.rate, run.tokens), []).append(final(result))
+    return grouped
+
+
+def mean(rows: list[dict[str, float]]) -> dict[str, float]:
+    """Return the mean of each figure over seeds."""
+    return {key: statistics.fmean(row[key] for row in rows) for key in rows[0]}
+
+
+def best_rates(
+    grouped: dict[Any, list[dict[str, float]]],
+) -> dict[tuple[str, str, int], list[dict[str, float]]]:
+    """Return by (family, recipe, tokens) the seeds' figures at the rate that did best among those with most seeds."""
+    best: dict[tuple[str, str, int], tuple[Any, list[dict[str, float]]]] = {}
+    for (family, recipe, _rate, tokens), rows in grouped.items():
+        rank = (-len(rows), mean(rows)["macro"])
+        key = (family, recipe, tokens)
+        if key not in best or rank < best[key][0]:
+            best[key] = (rank, rows)
+    return {key: rows for key, (_rank, rows) in best.items()}
+
+
+def tokens_ratio(
+    best: dict[tuple[str, str, int], list[dict[str, float]]], family: str, recipe: str
+) -> float | None:
+    """Return the share of the plan recipe's tokens with which `recipe` ends as low, or None where none of its runs does."""
+    lengths = [tokens for f, r, tokens in best if (f, r) == (family, BASELINE)]
+    if not lengths:
+        return None
+    whole = max(lengths)
+    goal = mean(best[family, BASELINE, whole])["macro"]
+    curve = sorted((t, mean(rows)["macro"]) for (f, r, t), rows in best.items() if (f, r) == (family, recipe))
+    before: tuple[int, float] | None = None
+    for tokens, bits in curve:
+        if bits <= goal:
+            if before is None:
+                return tokens / whole
+            part = (before[1] - goal) / (before[1] - bits)
+            return math.exp(math.log(before[0]) + part * math.log(tokens / before[0])) / whole
+        before = (tokens, bits)
+    return None
+
+
+def report(folder: Path) -> dict[str, Any]:
+    """Print a table of every finished run, and return the figures of the last line."""
+    grouped = groups(finished_runs(folder))
+    for (family, recipe, rate, tokens), rows in sorted(grouped.items()):
+        averages = mean(rows)
+        spread = max(row["macro"] for row in rows) - min(row["macro"] for row in rows)
+        languages = "  ".join(f"{name} {bits:.4f}" for name, bits in averages.items() if name != "macro")
+        print(
+            f"{family:<7} {recipe:<40} lr {rate:<7g} {tokens:>9,} tokens  {len(rows)} seeds  "
+            f"macro {averages['macro']:.4f} (spread {spread:.4f})  {languages}"
+        )
+    best = best_rates(grouped)
+    ratios: dict[str, dict[str, float | None]] = {}
+    bits: dict[str, dict[str, dict[str, float]]] = {}
+    changes: dict[str, float] = {}
+    for family in sorted({key[0] for key in best}):
+        recipes = sorted({key[1] for key in best if key[0] == family})
+        ratios[family] = {
+            recipe: tokens_ratio(best, family, recipe) for recipe in recipes if recipe != BASELINE
+        }
+        longest = {r: max(t for f, name, t in best if (f, name) == (family, r)) for r in recipes}
+        bits[family] = {
+            f"{recipe} {tokens}": {k: round(v, 4) for k, v in mean(best[family, recipe, tokens]).items()}
+            for recipe, tokens in longest.items()
+        }
+        change = mixture_change(best, family)
+        if change:
+            changes[family] = change["konkani"]
+            print(f"{family}: default mixture against proportional, percent: {change}")
+    return {"tokens_ratio": ratios, "konkani_change_percent": changes, "bits_per_byte": bits}
+
+
+def mixture_change(best: dict[tuple[str, str, int], list[dict[str, float]]], family: str) -> dict[str, float]:
+    """Return how much the default mixture changes each language against a proportional one, in percent."""
+    lengths = {t for f, r, t in best if (f, r) == (family, "default")}
+    lengths &= {t for f, r, t in best if (f, r) == (family, "proportional")}
+    if not lengths:
+        return {}
+    tokens = max(lengths)
+    ours, theirs = mean(best[family, "default", tokens]), mean(best[family, "proportional", tokens])
+    return {name: round(100 * (ours[name] / theirs[name] - 1), 2) for name in ours}
+
+
+def numbers(text: str) -> list[float]:
+    """Return the numbers of a comma-separated list."""
+    return [float(item) for item in text.split(",")]
+
+
+def main() -> None:
+    """Train what is asked for and missing, then report."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--corpus", required=True, help="folder with a sub-folder a language")
+    parser.add_argument("--folder", type=Path, required=True, help="shards, runs and results")
+    parser.add_argument("--quick", action="store_true", help="one seed, few tokens: 15 minutes on 2 cores")
+    parser.add_argument("--report", action="store_true", help="train nothing")
+    parser.add_argument("--family", choices=list(SHAPES), action="append")
+    parser.add_argument("--recipe", choices=list(RECIPES), action="append")
+    parser.add_argument("--rates", type=numbers, help="learning rates, comma-separated")
+    parser.add_argument("--seeds", type=numbers, default=[1.0], help="comma-separated")
+    parser.add_argument("--tokens", type=numbers, default=[307200.0], help="lengths of runs, comma-separated")
+    parser.add_argument("--set", nargs="*", default=[], help="field=value of TrainConfig, for every run")
+    parser.add_argument("--vocab-size", type=int, default=4096)
+    parser.add_argument("--threads", type=int, default=1, help="of one run")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--evaluations", type=int, default=10, help="evaluations a run")
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    if not options.report:
+        shards = prepare(options.corpus, options.folder, options.vocab_size)
+        more = tuple(sorted(tuple(pair.split("=", 1)) for pair in options.set))
+        runs = [
+            Run(family, recipe, rate, int(seed), int(tokens), more)  # type: ignore[arg-type]
+            for seed in options.seeds
+            for tokens in options.tokens
+            for rate in options.rates
+            for recipe in options.recipe or RECIPES
+            for family in options.family or SHAPES
+        ]
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(options.jobs, mp_context=spawn, max_tasks_per_child=1) as pool:
+            waiting = {
+                pool.submit(train_one, run, shards, options.folder, options.threads, options.evaluations): run
+                for run in runs
+            }
+            for done in as_completed(waiting):
+                result = done.result()
+                print(
+                    f"{waiting[done].name}: macro {final(result)['macro']:.4f} in {result['seconds']:.0f} s",
+                    flush=True,
+                )
+    print(json.dumps(report(options.folder)))
+
+
+if __name__ == "__main__":
+    main()
