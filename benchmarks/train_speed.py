@@ -18,26 +18,10 @@ import torch
 from ekiden.config import build_config
 from ekiden.modeling.build import body, build_model, parameter_counts
 from ekiden.modeling.device import configure_determinism, peak_flops, select_device, select_precision
-from ekiden.training.loop import memory_bytes
+from ekiden.modeling.flops import flops_per_token
+from ekiden.training.memory import memory_bytes
 from ekiden.training.optimizer import build_optimizer
 from ekiden.training.step import accumulate_gradients, apply_update
-
-
-def flops_per_token(config, model) -> float:
-    """6 per parameter in a matrix product (the tied head counts once) and 6 L H D T for causal attention, whose
-    windowed layers see at most the window (PaLM, arXiv:2204.02311, appendix B, halved for causality)."""
-    blocks, embedding = parameter_counts(model)
-    attention = 0.0
-    for layer in range(config.num_hidden_layers):
-        local = config.model_type == "gemma3" and (layer + 1) % 6 != 0
-        seen = min(config.sliding_window, config.max_length) if local else config.max_length
-        width = (
-            config.hidden_size
-            if config.model_type == "gpt2"
-            else config.num_attention_heads * config.head_dim
-        )
-        attention += 6 * width * seen
-    return 6 * (blocks + embedding) + attention
 
 
 def main() -> None:
@@ -94,7 +78,9 @@ def main() -> None:
         "tokens_per_step": tokens,
         "max_length": config.max_length,
         "tokens_per_s": round(tokens / median),
-        "mfu": round(tokens / median * flops_per_token(config, model) / peak, 4) if peak else None,
+        "mfu": round(tokens / median * flops_per_token(config, sum(parameter_counts(model))) / peak, 4)
+        if peak
+        else None,
         "memory_gb": round(memory_bytes(device) / 1e9, 2),
         "loss": last,
     }

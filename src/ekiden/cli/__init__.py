@@ -70,6 +70,7 @@ for command in (
     data.tokenizer,
     data.preprocess,
     data.corpus,
+    training.plan,
     training.train,
     models.evaluate,
     models.generate,

@@ -1,7 +1,8 @@
-"""The verbs that train: `train`, whose flags are the fields of TrainConfig, and `quickstart`."""
+"""The verbs that train: `train`, whose flags are the fields of TrainConfig, `plan` and `quickstart`."""
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import click
 
 from ekiden.cli.common import CONTEXT
 from ekiden.config import TrainConfig, build_config, field_help, field_types, preset_names
+from ekiden.values import to_int
 
 
 @click.command(context_settings=CONTEXT)
@@ -26,10 +28,10 @@ def quickstart(output_dir: str, short: bool) -> None:
     run_quickstart(Path(output_dir), short=short)
 
 
-def train_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Give `command` one option for every field of TrainConfig."""
+def train_options(command: Callable[..., Any], left_out: tuple[str, ...] = ("preset",)) -> Callable[..., Any]:
+    """Give `command` one option for every field of TrainConfig but those `left_out`."""
     for name, kind in reversed(field_types().items()):
-        if name == "preset":
+        if name in left_out:
             continue
         default = getattr(TrainConfig(), name)
         shown = f" [default: {default}]" if default not in ("", [], {}) else ""
@@ -43,6 +45,19 @@ def train_options(command: Callable[..., Any]) -> Callable[..., Any]:
             settings["metavar"] = "|".join(get_args(kind)) if get_origin(kind) is Literal else metavar(kind)
         command = click.option(flag, name, **settings)(command)
     return command
+
+
+class CountType(click.ParamType[int]):
+    """A whole number as people write it: 100k, 2M, 1B."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int:
+        """Return `value` as an integer, or fail."""
+        try:
+            return to_int(value)
+        except (ValueError, IndexError):
+            self.fail(f"{value!r} is not a whole number such as 500k, 20M or 1B", param, ctx)
 
 
 def metavar(kind: Any) -> str:
@@ -70,3 +85,41 @@ def train(recipe: str | None, list_presets: bool, **settings: Any) -> None:
     from ekiden.training.loop import train as run
 
     click.echo(json.dumps(vars(run(config))))
+
+
+@click.command(context_settings=CONTEXT)
+@click.argument("recipe", required=False)
+@click.option(
+    "--device",
+    "devices",
+    multiple=True,
+    help="t4, t4x2, p100, l4, a10g, a10gx4, a100, h100 or cpu (this machine's); several give a plan each.  "
+    "[default: cpu]",
+)
+@click.option(
+    "--vocab-size", type=int, help="Pieces; without it the tokenizer of --dataset-path counts, else 16,000."
+)
+@click.option(
+    "--tokens", type=CountType(), help="Tokens of the whole run, as 1B; without it max_steps counts."
+)
+@click.option(
+    "--disk", default="", help="Room for the run directory, as 100GB.  [default: Kaggle's 20 GB on t4, t4x2]"
+)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a plan, one a line.")
+@functools.partial(train_options, left_out=("preset", "device"))
+def plan(recipe: str | None, **options: Any) -> None:
+    """Say what training RECIPE (a preset's name or a YAML file) would need: memory, time, sessions, disk.
+
+    Nothing is trained: memory is found by running the real step on tensors without data. Every setting of `train` may
+    be given.
+
+    Example: ekiden plan gemma3-1b --device t4x2 --device a10g --vocab-size 64000 --tokens 1B
+    """
+    own = {name: options.pop(name) for name in ("devices", "vocab_size", "tokens", "disk", "as_json")}
+    config = build_config(
+        recipe, **{name: value for name, value in options.items() if value not in (None, ())}
+    )
+    from ekiden.planning.plan import plans
+
+    for made in plans(config, own["devices"] or ("cpu",), own["vocab_size"], own["tokens"], own["disk"]):
+        click.echo(json.dumps(made.as_dict()) if own["as_json"] else made.text() + "\n")

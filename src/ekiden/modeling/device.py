@@ -34,6 +34,12 @@ _PRECISIONS = {
     "fp16": Precision("fp16", torch.float16, True),
 }
 
+
+def named_precision(name: str) -> Precision:
+    """Return the precision called `name`: fp32, bf16 or fp16; whether a device has it is `select_precision`'s matter."""
+    return _PRECISIONS[name]
+
+
 # Dense FLOP/s without TF32 from NVIDIA's data sheets, (fp16 and bf16, fp32) by a word of the device's name, the
 # first that fits; the plain H100 and A100 are the SXM boards.
 _PEAK_FLOPS = {

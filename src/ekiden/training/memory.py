@@ -67,25 +67,28 @@ def try_step(
 ) -> None:
     """Do the work of one step and one evaluation batch, and leave the state exactly as it was.
 
-    Two microbatches: the second one's backward pass stands beside gradients that exist, which is the peak. The update
-    is a skipped one, which allocates the moments and changes nothing.
+    Two microbatches: the second one's backward pass stands beside gradients that exist, which is the peak, and beside
+    the moments, which a first update makes where there are none yet. Updates are skipped ones: they change nothing.
 
     Raises:
         torch.OutOfMemoryError, MemoryError, RuntimeError: as the device's allocator does.
     """
     fresh = not state.optimizer.state
     windows = np.zeros((microbatch, length), dtype=np.int64)
+    # In training the moments are there before the first forward pass; one sample is enough to make them.
+    trials = [(windows[:1], 1), (windows, 2)] if fresh else [(windows, 2)]
     try:
-        accumulate_gradients(
-            state.model,
-            [(windows, windows)] * 2,
-            2 * windows.size,
-            precision,
-            loss_chunk_size=loss_chunk_size,
-            first_index=-2,
-        )
-        not_finite = torch.full((), torch.nan, device=head_weight(state.model).device)
-        apply_update(state.optimizer, not_finite, 0.0, 1.0)
+        for batch, count in trials:
+            accumulate_gradients(
+                state.model,
+                [(batch, batch)] * count,
+                count * batch.size,
+                precision,
+                loss_chunk_size=loss_chunk_size,
+                first_index=-2,
+            )
+            not_finite = torch.full((), torch.nan, device=head_weight(state.model).device)
+            apply_update(state.optimizer, not_finite, 0.0, 1.0)
         _evaluation_batch(state.model, windows, precision, loss_chunk_size)
     finally:
         state.optimizer.zero_grad(set_to_none=True)

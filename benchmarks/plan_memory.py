@@ -1,0 +1,90 @@
+"""The peak memory that `ekiden plan` predicts for a training step, beside the one that is measured.
+
+    python benchmarks/plan_memory.py --preset gpt2-10m --vocab-size 16000 --batch-size 8 [--set field=value ...]
+
+On a GPU the measured peak is what PyTorch had allocated; on a CPU it is the growth of the process (Linux), with the C
+library told to give memory back at once. Each is the second step, with moments there. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from ekiden.config import TrainConfig, build_config
+from ekiden.modeling.build import build_model
+from ekiden.modeling.device import Precision, select_device, select_precision
+from ekiden.planning.trace import traced_peak
+from ekiden.training.memory import try_step
+from ekiden.training.optimizer import build_optimizer
+
+M_MMAP_THRESHOLD = -3
+"""mallopt(3): blocks from this size on are mapped, and unmapped when freed."""
+
+
+def measured_peak(config: TrainConfig, vocab_size: int, precision: Precision, device: torch.device) -> int:
+    """Return the bytes a step really took at its worst moment."""
+    if device.type == "cpu":
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 64 * 1024)
+    warm(config, precision, device)
+    before = resident("VmRSS") if device.type == "cpu" else torch.cuda.memory_allocated(device)
+    model = build_model(config, vocab_size, pad_id=0, bos_id=1, eos_id=2, seed=0).to(device)  # type: ignore[arg-type]
+    state: Any = SimpleNamespace(model=model, optimizer=build_optimizer(model, config))
+    if device.type == "cpu":
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    else:
+        torch.cuda.reset_peak_memory_stats(device)
+    try_step(state, precision, config.batch_size, config.max_length, config.loss_chunk_size)
+    return (resident("VmHWM") if device.type == "cpu" else torch.cuda.max_memory_allocated(device)) - before
+
+
+def warm(config: TrainConfig, precision: Precision, device: torch.device) -> None:
+    """Do a small step first: libraries, threads and workspaces are none of the model's memory."""
+    model = build_model(config, 256, pad_id=0, bos_id=1, eos_id=2, seed=0).to(device)  # type: ignore[arg-type]
+    state: Any = SimpleNamespace(model=model, optimizer=build_optimizer(model, config))
+    try_step(state, precision, 1, config.max_length, config.loss_chunk_size)
+
+
+def resident(line: str) -> int:
+    """Return VmRSS (now) or VmHWM (at most so far) in bytes."""
+    return int(Path("/proc/self/status").read_text().split(f"{line}:")[1].split()[0]) * 1024
+
+
+def main() -> None:
+    """Measure, predict, compare."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--preset", default="gpt2-10m")
+    parser.add_argument("--vocab-size", type=int, default=16000)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--precision", default="auto")
+    parser.add_argument("--set", nargs="*", default=[], help="field=value of TrainConfig")
+    options = parser.parse_args()
+    changes = dict(pair.split("=", 1) for pair in options.set)
+    config = build_config(options.preset, batch_size=options.batch_size, **changes)
+    device = select_device("auto")
+    precision = select_precision(device, options.precision)
+    measured = measured_peak(config, options.vocab_size, precision, device)
+    peak = traced_peak(config, options.vocab_size, precision, config.batch_size)
+    result = {
+        **vars(options),
+        "precision": precision.name,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "torch": torch.__version__,
+        "measured_bytes": measured,
+        "predicted_bytes": peak.total,
+        "predicted_parts": peak.parts,
+        "predicted_over_measured": peak.total / measured,
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

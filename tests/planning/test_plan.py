@@ -1,0 +1,126 @@
+"""Plans: does it fit, the smallest change that makes it fit, time, sessions and disk, refusals."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from ekiden.cli import cli
+from ekiden.config import TrainConfig, build_config
+from ekiden.errors import UsageError, UserError
+from ekiden.modeling.flops import flops_per_token
+from ekiden.planning.devices import GIB, NAMES, PARALLEL_SHARE, find_machine
+from ekiden.planning.plan import make_plan
+from ekiden.planning.trace import Peak
+
+
+def tracer(config: TrainConfig, vocab_size: int, _precision: object, microbatch: int) -> Peak:
+    """A model of memory: 12 bytes a parameter, 3 GiB a sample."""
+    blocks, embedding = 700_000_000, 1152 * vocab_size
+    weights = 4 * (blocks + embedding)
+    parts = {
+        "weights": weights,
+        "gradients": weights,
+        "optimizer": 2 * weights,
+        "forward": 3 * GIB * microbatch,
+    }
+    return Peak(sum(parts.values()), parts, "forward", blocks, embedding)
+
+
+def plan(device: str, vocab_size: int = 20_000, preset: str = "gemma3-1b", **more: object):
+    own = {name: more.pop(name) for name in ("tokens", "disk_bytes") if name in more}
+    return make_plan(build_config(preset, **more), vocab_size, device, tracer=tracer, **own)
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n != "p100"])
+def test_every_machine_gives_a_plan(name: str) -> None:
+    made = plan(name)
+    assert made.tokens_per_second > 0
+    assert made.machine.basis in made.text()
+    assert json.loads(json.dumps(made.as_dict()))["device"] == name
+
+
+def test_the_largest_microbatch_that_fits_is_proposed() -> None:
+    made = plan("a10g", batch_size=8, gradient_accumulation_steps=2)
+    assert not made.fits
+    # 10.8 GiB + 3 a sample within 20.5: 3, and of the halves of 8 that is 2.
+    assert made.change == {"batch_size": 2, "gradient_accumulation_steps": 8}
+    assert made.changed_peak is not None and made.changed_peak.total < made.machine.usable_bytes
+    assert "DOES NOT FIT" in made.text()
+    assert "--batch-size 2 --gradient-accumulation-steps 8" in made.text()
+
+
+def test_what_fits_needs_no_change() -> None:
+    made = plan("h100")
+    assert made.fits and made.change is None
+    assert "fits: 76.5 GiB of 79.1 GiB" in made.text()
+
+
+def test_what_no_setting_can_make_fit_is_said() -> None:
+    made = plan("t4", vocab_size=400_000)
+    assert made.change is None
+    assert "no setting makes it fit" in made.text()
+
+
+def test_time_and_sessions() -> None:
+    made = plan("t4x2", tokens=10**9)
+    one = plan("t4", tokens=10**9)
+    assert made.tokens_per_second == pytest.approx(2 * PARALLEL_SHARE * one.tokens_per_second)
+    expected = 65e12 * 0.30 / flops_per_token(one.config, one.parameters)
+    assert one.tokens_per_second == pytest.approx(expected)
+    assert made.seconds == pytest.approx(10**9 / made.tokens_per_second)
+    assert made.sessions == -(-made.seconds // (0.9 * 12 * 3600))
+    assert plan("t4", tokens=10**9, max_time="6h").sessions > one.sessions
+    assert plan("a10g", tokens=10**9).sessions is None
+    steps = plan("t4x2", max_steps=10, batch_size=2, gradient_accumulation_steps=3)
+    assert steps.tokens == 10 * 2 * 3 * 2 * 2048
+
+
+def test_disk() -> None:
+    parameters = 700_000_000 + 1152 * 20_000
+    made = plan("t4", max_checkpoints=4)
+    assert made.checkpoint_bytes == 12 * parameters
+    assert made.run_bytes == 5 * 12 * parameters + 8 * parameters
+    assert "TOO MUCH of 20.0 GB for even 2 checkpoints" in made.text()
+    assert "give --max-checkpoints 3" in plan("a10g", disk_bytes=41 * 10**9).text()
+    assert "TOO MUCH" not in plan("a10g", disk_bytes=60 * 10**9).text()
+
+
+def test_local_layers_and_the_head_are_counted_once() -> None:
+    config = build_config("gemma3-1b", max_length=2048)
+    width, full, local = 4 * 256, 26 // 6, 26 - 26 // 6
+    assert flops_per_token(config, 1000) == 6000 + 6 * width * (full * 2048 + local * 512)
+
+
+def test_refusals_are_sentences() -> None:
+    with pytest.raises(UserError, match=r"P100.*not supported.*t4x2"):
+        plan("p100")
+    with pytest.raises(UsageError, match="did you mean 'a10g'"):
+        find_machine("a10")
+    with pytest.raises(UserError, match="bf16 is not there on a Tesla T4; give fp16"):
+        plan("t4", precision="bf16")
+
+
+def test_the_verb() -> None:
+    shape = "--hidden-size 32 --num-attention-heads 2 --num-key-value-heads 2 --num-hidden-layers 1 --max-length 16 --intermediate-size 32"
+    arguments = [
+        "plan",
+        "gpt2-10m",
+        "--device",
+        "t4",
+        "--vocab-size",
+        "300",
+        "--tokens",
+        "1M",
+        "--json",
+        *shape.split(),
+    ]
+    result = CliRunner().invoke(cli, arguments, catch_exceptions=False)
+    made = json.loads(result.stdout.splitlines()[-1])
+    assert made["fits"] and made["embedding_parameters"] == 300 * 32 and made["tokens"] == 10**6
+    refused = CliRunner().invoke(cli, ["plan", "gpt2-10m", "--tokens", "many"])
+    assert refused.exit_code == 2 and "whole number such as" in refused.output
+    with pytest.raises(UsageError, match="--vocab-size 1 is too small"):
+        CliRunner().invoke(cli, ["plan", "gpt2-10m", "--vocab-size", "1"], catch_exceptions=False)
