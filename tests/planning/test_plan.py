@@ -104,7 +104,7 @@ def test_refusals_are_sentences() -> None:
 
 
 def test_the_verb() -> None:
-    shape = "--hidden-size 32 --num-attention-heads 2 --num-key-value-heads 2 --num-hidden-layers 1 --max-length 16 --intermediate-size 32"
+    shape = "--hidden-size 32 --num-attention-heads 2 --num-key-value-heads 2 --num-hidden-layers 1 --max-length 16"
     arguments = [
         "plan",
         "gpt2-10m",
