@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,9 +13,12 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "faults"))
 import campaign
 import common
 from sessions import Zygote
+from stand_in import StandIn
 
-from ekiden.config import to_yaml
+from ekiden.config import build_config, parse_yaml, to_yaml
+from ekiden.kaggle.client import Kaggle
 from ekiden.kaggle.pack import plan_pack, write_part
+from ekiden.training.loop import train
 
 STEPS = 20
 
@@ -52,3 +56,31 @@ def packed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     for part in (1, 2):
         write_part(pack, part, folder / str(part))
     return {f"tester/tiny-corpus-{part}": folder / str(part) for part in (1, 2)}
+
+
+@pytest.fixture(scope="session")
+def reference(shards: Path, recipe: str, tmp_path_factory: pytest.TempPathFactory) -> campaign.Outcome:
+    """Return what one uninterrupted run leaves."""
+    run = tmp_path_factory.mktemp("reference") / "run"
+    settings = {**parse_yaml(recipe, "recipe"), "dataset_path": str(shards), "output_dir": str(run)}
+    train(build_config(**settings))
+    return campaign.outcome(run)
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
+    """Yield a stand-in of Kaggle to which the client of this process talks."""
+    pytest.importorskip("kagglesdk", reason="needs the package kaggle: pip install 'ekiden[kaggle]'")
+    server = StandIn(tmp_path / "kaggle", sys.executable, steps_a_leg=0)
+    for name, value in server.environment(tmp_path / "home").items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def kaggle(stand_in: StandIn) -> Kaggle:
+    """Return a client that does not wait between tries."""
+    return Kaggle(wait=lambda _: None)

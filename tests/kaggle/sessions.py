@@ -75,6 +75,7 @@ class Session:
     output_limit: int = 20_000_000_000
     faults: Faults = field(default_factory=Faults)
     log: str = ""
+    verdict_text: str = "{}"
 
     @property
     def working(self) -> Path:
@@ -104,6 +105,8 @@ class Session:
         size = sum(path.stat().st_size for path in self.working.rglob("*") if path.is_file())
         if status == "COMPLETE" and size > self.output_limit:
             status, message = "ERROR", "Output exceeds the limit."
+        with contextlib.suppress(OSError):
+            self.verdict_text = (self.working / "result.json").read_text()
         if status != "COMPLETE":
             shutil.rmtree(self.working)
             self.working.mkdir()

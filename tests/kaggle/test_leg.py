@@ -15,7 +15,7 @@ import pytest
 from campaign import Outcome, outcome
 from sessions import Faults, Session, Zygote
 
-from ekiden.config import build_config, parse_yaml, preset_names
+from ekiden.config import preset_names
 from ekiden.kaggle import leg
 from ekiden.kaggle.launcher import MAX_BYTES, packed_package, render
 from ekiden.kaggle.leg import PACK_MANIFEST
@@ -61,19 +61,6 @@ def go(packed: dict[str, Path], tmp_path: Path, zygote: Zygote) -> Callable[...,
         return session
 
     return run
-
-
-@pytest.fixture(scope="session")
-def reference(shards: Path, recipe: str, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    """Return what one uninterrupted run leaves."""
-    from ekiden.training.loop import train
-
-    run = tmp_path_factory.mktemp("reference") / "run"
-    config = build_config(
-        **{**parse_yaml(recipe, "recipe"), "dataset_path": str(shards), "output_dir": str(run)}
-    )
-    train(config)
-    return outcome(run)
 
 
 def following(settings: LegSettings, session: Session) -> LegSettings:

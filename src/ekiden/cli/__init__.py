@@ -14,7 +14,7 @@ import traceback
 import click
 
 from ekiden import __version__
-from ekiden.cli import checkpoints, data, models, training
+from ekiden.cli import checkpoints, data, kaggle, models, training
 from ekiden.cli.common import CONTEXT
 from ekiden.errors import UserError
 
@@ -76,5 +76,6 @@ for command in (
     models.generate,
     models.export,
     checkpoints.checkpoint,
+    kaggle.kaggle,
 ):
     cli.add_command(command)

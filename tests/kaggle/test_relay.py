@@ -1,0 +1,298 @@
+"""The relay through the real client, with every fault that Kaggle is known for, and killed at random."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from campaign import Outcome, outcome
+from sessions import Faults, Zygote
+from stand_in import HttpFault, SessionFault, StandIn, copy_datasets
+
+from ekiden.errors import UserError
+from ekiden.kaggle import relay as relays
+from ekiden.kaggle.client import Kaggle, KaggleError
+from ekiden.kaggle.relay import Patience, run_relay
+from ekiden.kaggle.results import describe, load_relay, pull
+from ekiden.kaggle.state import RelayState
+from ekiden.training.history import read_history
+
+POLL = 0.1
+QUOTA = "Maximum weekly GPU quota of 30.00 hours reached."
+SESSIONS = "Maximum batch GPU session count of 2 reached."
+
+
+@pytest.fixture
+def ready(stand_in: StandIn, packed: dict[str, Path], zygote: Zygote, recipe: str, tmp_path: Path) -> StandIn:
+    """Return the server with the corpus on it; its sessions do 4 steps and pause."""
+    copy_datasets(stand_in, packed)
+    stand_in.python, stand_in.steps_a_leg = str(zygote.python), 4
+    (tmp_path / "tiny.yaml").write_text(recipe)
+    return stand_in
+
+
+@pytest.fixture
+def start(
+    ready: StandIn, kaggle: Kaggle, packed: dict[str, Path], tmp_path: Path
+) -> Callable[..., RelayState]:
+    """Return what runs the relay to its end."""
+
+    def run(**options: Any) -> RelayState:
+        settings = {"corpus": sorted(packed), "gpus": 1, "patience": Patience(poll=POLL), **options}
+        return run_relay(str(tmp_path / "tiny.yaml"), tmp_path / "relay", kaggle, **settings)
+
+    return run
+
+
+def whole(run: Path, reference: Outcome) -> None:
+    """Assert that a run that came home is the uninterrupted one."""
+    assert outcome(run) == reference
+    assert (run / "final_model" / "model.safetensors").is_file()
+
+
+def starts(run: Path) -> int:
+    return sum(record.get("event") in ("start", "resume") for record in read_history(run / "history.jsonl"))
+
+
+def test_five_legs_with_faults_are_one_run(
+    start: Callable[..., RelayState], ready: StandIn, reference: Outcome, tmp_path: Path, kaggle: Kaggle
+) -> None:
+    ready.session_faults = [
+        SessionFault(),
+        SessionFault(Faults(gpus=0)),
+        SessionFault(Faults(exit_status=1)),
+        SessionFault(),
+        SessionFault(Faults(kill_after=0.6)),
+    ]
+    ready.push_errors = [SESSIONS]
+    ready.http_faults["SaveKernel"] = [HttpFault(0, after=True), HttpFault(429), HttpFault(503)]
+    state = start()
+    whole(tmp_path / "relay" / "run", reference)
+    outcomes = [attempt.outcome for attempt in state.attempts]
+    assert outcomes == ["paused", "no-gpu", "lost", "paused", "lost", "paused", "paused", "completed"]
+    assert [attempt.leg for attempt in state.attempts] == [1, 2, 2, 2, 3, 3, 4, 5]
+    # Pushes whose answer was lost were found, not made again.
+    assert len(ready.versions()) == len(state.attempts)
+    table = describe(load_relay(tmp_path / "relay"), kaggle.quota())
+    assert "complete" in table and "no-gpu" in table
+    # Given again, it changes nothing.
+    pushes = ready.calls("SaveKernel")
+    start()
+    assert ready.calls("SaveKernel") == pushes
+    assert pull(tmp_path / "relay", kaggle, tmp_path / "elsewhere") == tmp_path / "elsewhere"
+    whole(tmp_path / "elsewhere", reference)
+
+
+@pytest.mark.slow
+def test_ten_legs_with_every_fault_are_one_run(
+    start: Callable[..., RelayState], ready: StandIn, reference: Outcome, tmp_path: Path
+) -> None:
+    ready.steps_a_leg = 2
+    good = SessionFault()
+    ready.session_faults = [
+        SessionFault(Faults(hide_inputs=True)),  # the corpus is not mounted
+        good,
+        SessionFault(Faults(gpus=0)),  # a CPU without a word
+        good,
+        SessionFault(Faults(kill_after=0.5)),  # the wall: output lost
+        SessionFault(Faults(exit_status=137)),  # an error: output lost
+        good,
+        SessionFault(never=True),  # queued for ever
+        good,
+        SessionFault(stale=True),  # an older version is mounted
+        good,
+        SessionFault(lie="CANCEL_ACKNOWLEDGED"),  # finished, and shown as cancelled
+        good,
+        SessionFault(Faults(exit_status=1), lie="COMPLETE"),  # crashed, and shown as complete
+        good,
+        good,
+        SessionFault(stale=True),
+        SessionFault(stale=True),
+        SessionFault(stale=True),  # goes back one output
+    ]
+    ready.push_errors = [SESSIONS, QUOTA]
+    ready.push_invalid = [["tester/tiny-corpus-1"]]
+    ready.quota |= {"used": 107_999.0, "refresh": time.time() + 2}
+    for method in (
+        "SaveKernel",
+        "GetKernelSessionStatus",
+        "ListKernelSessionOutput",
+        "GetAcceleratorQuotaStatistics",
+        "GET",
+    ):
+        ready.http_faults[method] = [HttpFault(429, headers={"Retry-After": "1"}), HttpFault(503)]
+    ready.http_faults["SaveKernel"] += [HttpFault(0, after=True), HttpFault(0)]
+    state = start(patience=Patience(poll=POLL, stuck=6))
+    whole(tmp_path / "relay" / "run", reference)
+    assert not ready.session_faults and not ready.push_errors and not any(ready.http_faults.values())
+    outcomes = Counter(attempt.outcome for attempt in state.attempts)
+    assert outcomes["completed"] == 1 and outcomes["paused"] >= 9
+    assert min(outcomes[name] for name in ("no-corpus", "no-gpu", "stuck", "stale-input")) >= 1
+    assert outcomes["lost"] >= 3
+    assert starts(tmp_path / "relay" / "run") == 10
+
+
+def begin(ready: StandIn, packed: dict[str, Path], tmp_path: Path) -> subprocess.Popen[bytes]:
+    """Start the relay as a user does, in a process."""
+    command = [sys.executable, "-m", "ekiden", "kaggle", "relay", str(tmp_path / "tiny.yaml"), "--gpus", "1"]
+    command += [
+        "--corpus",
+        ",".join(sorted(packed)),
+        "--relay-dir",
+        str(tmp_path / "relay"),
+        "--poll-seconds",
+        "0.1",
+    ]
+    environment = {**os.environ, **ready.environment(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
+    with (tmp_path / "relay.log").open("ab") as log:
+        return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+
+
+def killed_relay(ready: StandIn, packed: dict[str, Path], tmp_path: Path, kills: int, seed: int) -> int:
+    """Kill a relay at random moments until it is done; return how often."""
+    generator, done = random.Random(seed), 0
+    while True:
+        process = begin(ready, packed, tmp_path)
+        try:
+            # Imports take a second or two; most of what there is to hit comes then.
+            code = process.wait(generator.uniform(0.2, 6.0) if done < kills else 200)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            done += 1
+            continue
+        assert code == 0, (tmp_path / "relay.log").read_text()
+        return done
+
+
+def no_leg_lost_none_doubled(ready: StandIn, tmp_path: Path) -> None:
+    state = load_relay(tmp_path / "relay")
+    legs = [attempt.leg for attempt in state.attempts]
+    assert legs == list(range(1, len(legs) + 1))
+    pushed = Counter(json.loads(v.session.verdict_text)["leg"] for v in ready.versions() if v.session)
+    assert pushed == Counter(legs)
+
+
+def test_a_relay_killed_goes_on(
+    ready: StandIn, packed: dict[str, Path], reference: Outcome, tmp_path: Path
+) -> None:
+    ready.steps_a_leg = 10
+    assert killed_relay(ready, packed, tmp_path, kills=2, seed=1) > 0
+    no_leg_lost_none_doubled(ready, tmp_path)
+    whole(tmp_path / "relay" / "run", reference)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_a_relay_killed_50_times(
+    ready: StandIn, packed: dict[str, Path], reference: Outcome, tmp_path: Path
+) -> None:
+    ready.steps_a_leg, ready.hold_seconds = 1, 4.0
+    assert killed_relay(ready, packed, tmp_path, kills=50, seed=2) == 50
+    no_leg_lost_none_doubled(ready, tmp_path)
+    whole(tmp_path / "relay" / "run", reference)
+
+
+def test_killed_at_every_write_and_request(
+    ready: StandIn,
+    start: Callable[..., RelayState],
+    reference: Outcome,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Before and after everything that the relay saves or asks in its first two legs."""
+
+    class Killed(BaseException):
+        pass
+
+    count, limit = 0, 0
+
+    def around(real: Callable[..., Any]) -> Callable[..., Any]:
+        def work(*args: Any, **options: Any) -> Any:
+            check()
+            value = real(*args, **options)
+            check()
+            return value
+
+        return work
+
+    def check() -> None:
+        nonlocal count
+        count += 1
+        if count == limit:
+            raise Killed
+
+    monkeypatch.setattr(RelayState, "save", around(RelayState.save))
+    monkeypatch.setattr(Kaggle, "push", around(Kaggle.push))
+    monkeypatch.setattr(Kaggle, "outputs", around(Kaggle.outputs))
+    ready.steps_a_leg = 10
+    kills = 0
+    while True:
+        # Later each time, so that every moment is met though each start makes progress.
+        count, limit = 0, kills % 7 + 1
+        try:
+            start()
+            break
+        except Killed:
+            kills += 1
+            assert kills < 60
+    assert kills >= 7
+    no_leg_lost_none_doubled(ready, tmp_path)
+    whole(tmp_path / "relay" / "run", reference)
+
+
+def test_what_waiting_does_not_mend_ends_with_a_sentence(
+    start: Callable[..., RelayState], ready: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ready.push_errors = ["Your account must be phone verified."]
+    with pytest.raises(KaggleError, match="refused leg 1: Your account must be phone verified"):
+        start()
+    monkeypatch.setattr(relays, "MAX_FRUITLESS", 2)
+    ready.session_faults = [SessionFault(Faults(gpus=0)) for _ in range(2)]
+    with pytest.raises(
+        UserError, match=r"leg 1 was pushed 2 times without progress .*no-gpu: 0 GPUs found, 1 needed"
+    ):
+        start()
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(recipe.read_text().replace("hidden_size: 32", "hidden_size: 48"))
+    with pytest.raises(
+        UserError, match=r"began with another recipe \(hidden_size: 32 then, hidden_size: 48 now\)"
+    ):
+        start()
+    with (
+        relays.locked(tmp_path / "relay"),
+        pytest.raises(UserError, match="another relay works in"),
+    ):
+        start()
+    with pytest.raises(UserError, match="--leg-time must be at most 11h50m"):
+        start(leg_seconds=43_200)
+
+
+def test_nothing_secret_is_pushed_or_shown(
+    start: Callable[..., RelayState], ready: StandIn, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ready.steps_a_leg = 0
+    ready.http_faults["SaveKernel"] = [HttpFault(401)]
+    with pytest.raises(KaggleError, match="sign in again") as error:
+        start()
+    start()
+    shown = capsys.readouterr()
+    texts = [
+        str(error.value),
+        shown.out,
+        shown.err,
+        (tmp_path / "relay" / "relay.json").read_text(),
+        *ready.log,
+    ]
+    texts += [version.source for version in ready.versions()]
+    assert len(texts) > 5 and not any("KGAT" in text for text in texts)
