@@ -8,7 +8,8 @@ gets cut: SentencePiece's own `normalize` makes it (escaping spaces is the whole
 is), and the units are encoded by the same model with normalisation switched off. Unigram models have no such borders:
 their float32 sums run over the whole document and decide its ties.
 
-`tokens.build` puts this before its tokenizer in every worker, after `differing_text` has compared both on the corpus.
+`tokens.build` asks `refusal` first, which compares both on nasty strings and on texts of the corpus; a worker puts the
+cache before its tokenizer and compares the beginning of every unit again (`check`).
 """
 
 from __future__ import annotations
@@ -39,6 +40,24 @@ _MIX = [np.uint64((0x9E3779B97F4A7C15 + 0x7A2C6B5E4D3F1E08 * i) % 2**64) for i i
 
 class NotProvable(Exception):
     """It is not known that the ids of this model's units are those of the text; the message says why."""
+
+
+class Differs(Exception):
+    """The cache gave other ids than SentencePiece, which has not happened yet; the message says for which text."""
+
+
+NASTY = [
+    "",
+    " ",
+    "a",
+    "  two  spaces \n\t\r\n tabs\u00a0and\u3000others ",
+    "\u2581literal \u2581\u2581 marks",
+    "<s> </s> <unk> <pad> <0x41>",
+    "e\u0301\u0323 \u0915\u094d\u200d\u0937 \u0930\u093c \ufb01 \u2460 \u00bd \uff21 \u212b",
+    "\U0001f468\u200d\U0001f469\u200d\U0001f467 \U00020000\U0010fffd\u0000\u0001\x7f\ufeff\ufffd",
+    "a" * 200 + " " * 70 + "\u0915" * 100 + "0123456789" * 20,
+]
+"""Compared at every start, beside the corpus: what a text can hold that a corpus's beginning need not show."""
 
 
 class BpeCache:
@@ -342,3 +361,25 @@ def differing_text(cache: BpeCache, tokenizer: Tokenizer, texts: list[str]) -> s
     """Return the first text whose ids differ, None where all are the same."""
     pairs = zip(texts, cache.encode_batch(texts), tokenizer.encode_batch(texts))
     return next((text for text, mine, theirs in pairs if not np.array_equal(mine, theirs)), None)
+
+
+def check(cache: BpeCache, tokenizer: Tokenizer, texts: list[str]) -> None:
+    """Compare the ids of some texts.
+
+    Raises:
+        Differs: they are not the same.
+    """
+    text = differing_text(cache, tokenizer, texts)
+    if text is not None:
+        raise Differs(repr(text[:60]))
+
+
+def refusal(tokenizer: Tokenizer, texts: list[str]) -> str | None:
+    """Return in words why a tokenizer is used without a cache, None where the cache gave its ids for all of `texts`."""
+    try:
+        check(BpeCache(tokenizer), tokenizer, [*NASTY, *texts])
+    except NotProvable as reason:
+        return str(reason)
+    except Differs as text:
+        return f"it gave other ids for {text}"
+    return None

@@ -26,7 +26,8 @@ from ekiden.corpus.script import ScriptTally
 from ekiden.corpus.sources import discover
 from ekiden.errors import UsageError, UserError
 from ekiden.progress import Progress, human_count, say
-from ekiden.tokenizer.load import Tokenizer, load_tokenizer
+from ekiden.tokenizer.load import SentencePieceTokenizer, Tokenizer, load_tokenizer
+from ekiden.tokens.bpe_cache import Differs, refusal
 from ekiden.tokens.cluster import dask_executor
 from ekiden.tokens.dedupe import leaks, remove_duplicates
 from ekiden.tokens.format import SPLITS, Shard, Split, TokenDataset, dump_description
@@ -44,6 +45,7 @@ from ekiden.tokens.units import (
     identity_of,
     keep_fraction,
     plan_units,
+    sampled_texts,
     test_splits,
 )
 from ekiden.tokens.worker import build_unit, start_worker
@@ -108,7 +110,7 @@ def preprocess(
                 return finished_build(folder, identity)
             prepare_folder(folder, identity, units, loaded)
             with worker_pool(len(units), num_proc, scheduler, executor, folder, sorted(paths)[:1]) as pool:
-                settings = build_all(units, loaded.sha256, settings, folder, pool)
+                settings = build_all(units, loaded, settings, folder, pool)
             return finish(units, loaded, settings, folder)
     except OSError as error:
         if error.filename and str(error.filename) in paths:
@@ -159,40 +161,71 @@ def worker_pool(
 
 
 def build_all(
-    units: list[Unit], tokenizer_sha256: str, settings: Settings, folder: Path, pool: Executor
+    units: list[Unit], tokenizer: Tokenizer, settings: Settings, folder: Path, pool: Executor
 ) -> Settings:
     """Build every unit, after duplicates were found where that was asked, and return the settings they were built with.
 
     What is kept for a sample is the wanted share of what cleaning leaves.
     """
-    receipts = folder / RECEIPTS
     if settings.cleaning.dedupe:
-        left = remove_duplicates(units, settings, receipts, pool)
+        left = remove_duplicates(units, settings, folder / RECEIPTS, pool)
         settings = replace(settings, keep_fraction=min(1.0, settings.keep_fraction / left))
-    build_units(units, tokenizer_sha256, settings, folder, pool)
-    if leaking := leaks(units, receipts):
-        for unit in leaking:
-            for left_over in (folder / unit.language).glob(f"unit-{unit.number:05d}-*"):
-                files.remove_file(left_over)
-            files.remove_file(receipts / unit.name)
-        build_units(units, tokenizer_sha256, settings, folder, pool)
+    cached = takes_cache(units, tokenizer, settings)
+    try:
+        build_units(units, tokenizer.sha256, settings, folder, pool, cached)
+    except Differs as text:
+        say(f"the BPE cache gave other ids than SentencePiece for {text}; building again without it")
+        cached = False
+        forget(units, folder)
+        build_units(units, tokenizer.sha256, settings, folder, pool, cached)
+    if leaking := leaks(units, folder / RECEIPTS):
+        forget(leaking, folder)
+        build_units(units, tokenizer.sha256, settings, folder, pool, cached)
     return settings
 
 
+def takes_cache(units: list[Unit], tokenizer: Tokenizer, settings: Settings) -> bool:
+    """Return whether a `BpeCache` may give the ids: a SentencePiece BPE model, and all compared texts agree."""
+    if not isinstance(tokenizer, SentencePieceTokenizer) or tokenizer.model_type != "bpe":
+        return False
+    why = refusal(tokenizer, sampled_texts(units, settings.txt_documents))
+    if why is not None:
+        say(f"this tokenizer is used without the BPE cache: {why}; the ids are the same, it takes longer")
+    return why is None
+
+
+def forget(units: list[Unit], folder: Path) -> None:
+    """Remove what was built of some units."""
+    for unit in units:
+        for left_over in (folder / unit.language).glob(f"unit-{unit.number:05d}-*"):
+            files.remove_file(left_over)
+        if (folder / RECEIPTS / unit.name).exists():
+            files.remove_file(folder / RECEIPTS / unit.name)
+
+
 def build_units(
-    units: list[Unit], tokenizer_sha256: str, settings: Settings, folder: Path, pool: Executor
+    units: list[Unit], tokenizer_sha256: str, settings: Settings, folder: Path, pool: Executor, cached: bool
 ) -> None:
-    """Build every unit that has no receipt."""
+    """Build every unit that has no receipt.
+
+    Raises:
+        Differs: the cache gave other ids; no worker is at work any more.
+    """
     todo = [unit for unit in units if not (folder / RECEIPTS / unit.name).exists()]
     if len(todo) < len(units):
         say(f"going on: {len(units) - len(todo)} of {len(units)} units are done")
     # The longest first: a compressed file is one unit, and must not be the last to begin.
     todo.sort(key=lambda unit: -unit.bytes)
-    follow(
-        {pool.submit(build_unit, unit, tokenizer_sha256, settings, folder): unit for unit in todo},
-        sum(unit.bytes for unit in units),
-        folder,
-    )
+    futures = {
+        pool.submit(build_unit, unit, tokenizer_sha256, settings, folder, cached): unit for unit in todo
+    }
+    try:
+        follow(futures, sum(unit.bytes for unit in units), folder)
+    except Differs:
+        for future in futures:
+            future.cancel()
+        wait(futures)
+        raise
 
 
 def follow(futures: dict[Future[dict[str, int]], Unit], total: int, folder: Path) -> None:

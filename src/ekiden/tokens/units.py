@@ -32,6 +32,7 @@ TEST_BYTES, MAX_TEST_SPLIT = 100_000, 0.05
 """A small language keeps about this much text for evaluation (else it could not be measured), at most this share."""
 
 _SAMPLED_UNITS, _SAMPLED_BYTES, _ENCODED_CHARACTERS = 12, 4 << 20, 150_000
+_CHECKED_UNITS, _CHECKED_CHARACTERS = 4, 4000
 _BLOCK, _BLOCKS = 4096, 64
 
 
@@ -183,6 +184,23 @@ def _look_into(part: Part, txt_documents: str) -> tuple[int, list[str], int]:
         if ledger.position >= _SAMPLED_BYTES:
             break
     return ledger.position, texts, size
+
+
+def sampled_texts(units: list[Unit], txt_documents: str) -> list[str]:
+    """Return the beginnings of a few texts of every language, about 64 KB of each, from units spread over it."""
+    texts = []
+    for language in {unit.language: None for unit in units}:
+        mine = [unit for unit in units if unit.language == language]
+        # On the hub every unit looked into is a block of 8 MB to fetch.
+        most = 1 if is_remote(mine[0].parts[0].file.path) else _CHECKED_UNITS
+        for unit in mine[:: -(-len(mine) // most)]:
+            part, size = unit.parts[0], 0
+            for text in read_documents(part.file, Ledger(), part.start, part.end, txt_documents):
+                texts.append(text[:_CHECKED_CHARACTERS])
+                size += len(texts[-1])
+                if size >= 4 * _CHECKED_CHARACTERS:
+                    break
+    return texts
 
 
 # -- what a build is of --------------------------------------------------------------------------------------
