@@ -136,7 +136,7 @@ def newest_own(
         own = store.newest()
     except UserError as error:
         problem = error
-    known = {**identity, **({"run_id": own.manifest.run["run_id"]} if own else {})}
+    known = {**(own.manifest.run if own else {}), **identity}
     if restore_from_mirror(mirror, store.folder, run.path, own.step if own else None, known):
         return store.newest()
     if problem:
