@@ -169,14 +169,17 @@ class TrainConfig:
     # Trackers
     use_wandb: bool = False
     """Send the history to Weights & Biases as well (needs `pip install 'ekiden[wandb]'`)."""
+    trackers: list[str] = field(default_factory=list)
+    """Programs the history is sent to as well: tensorboard (into `RUN/tensorboard`), trackio, wandb; several with commas.
+    Each needs its extra: `pip install 'ekiden[tensorboard,trackio]'`."""
     wandb_project: str = "ekiden"
-    """Weights & Biases project."""
+    """Project in Weights & Biases and trackio."""
 
 
 RESUME_FREE = frozenset(
     "dataset_path output_dir max_steps epochs max_time device num_threads compile log_steps eval_steps eval_tokens "
     "sample_steps sample_prompts sample_tokens save_steps max_checkpoints checkpoint_budget background_save "
-    "mirror checkpoint_format resume_from init_from max_bad_steps max_rollbacks use_wandb wandb_project batch_size "
+    "mirror checkpoint_format resume_from init_from max_bad_steps max_rollbacks use_wandb trackers wandb_project batch_size "
     "gradient_accumulation_steps learning_rate min_learning_rate_ratio loss_chunk_size "
     "matrix_learning_rate schedule decay_ratio".split()
 )
@@ -375,7 +378,26 @@ def validate(config: TrainConfig) -> TrainConfig:
         )
     parse_duration(config.max_time, "--max-time")
     parse_bytes(config.checkpoint_budget, "--checkpoint-budget")
+    parse_trackers(config.trackers)
     return config
+
+
+TRACKER_NAMES = ("tensorboard", "trackio", "wandb")
+
+
+def parse_trackers(items: list[str]) -> list[str]:
+    """Return the trackers in `items`, names or several separated by commas.
+
+    Raises:
+        UsageError: there is no such tracker.
+    """
+    asked = [name.strip() for item in items for name in item.split(",") if name.strip()]
+    for name in asked:
+        if name not in TRACKER_NAMES:
+            raise UsageError(
+                f"--trackers {name} is not one of {', '.join(TRACKER_NAMES)}{nearest(name, TRACKER_NAMES)}"
+            )
+    return asked
 
 
 def to_yaml(config: TrainConfig) -> str:

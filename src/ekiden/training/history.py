@@ -80,7 +80,7 @@ class History:
         self._waiting.clear()
 
     def event(self, event: str, step: int, **details: Any) -> None:
-        """Append an event: start, resume, save, oom, skip, rollback, stop."""
+        """Append an event: start, resume, time, oom, skip, rollback, save-failed, stop."""
         self.add("event", step, event=event, **details)
 
     def close(self) -> None:
@@ -118,12 +118,48 @@ def read_history(path: Path) -> Iterator[dict[str, Any]]:
         return
     with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(record, dict) and isinstance(record.get("step"), int):
+            record = parse_record(line)
+            if record is not None:
                 yield record
+
+
+class HistoryTail:
+    """The records of a history that is being written, as they come; a line is given once it is whole.
+
+    Where the file was replaced (a resume or a roll-back takes records out), it is read again from its beginning.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._inode, self._offset = 0, 0
+
+    def read(self) -> Iterator[dict[str, Any]]:
+        """Yield the records written since the last call."""
+        try:
+            file = self.path.open("rb")
+        except OSError:
+            return
+        with file:
+            facts = os.fstat(file.fileno())
+            if facts.st_ino != self._inode or facts.st_size < self._offset:
+                self._inode, self._offset = facts.st_ino, 0
+            file.seek(self._offset)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                self._offset += len(line)
+                record = parse_record(line)
+                if record is not None:
+                    yield record
+
+
+def parse_record(line: bytes | str) -> dict[str, Any] | None:
+    """Return the record in a line of a history, or None where it holds none."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
 
 
 def history_columns(records: Iterator[dict[str, Any]]) -> dict[str, Any]:

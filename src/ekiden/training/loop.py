@@ -19,6 +19,7 @@ from ekiden.errors import UserError
 from ekiden.evaluation.loss import evaluate, format_evaluation
 from ekiden.evaluation.samples import sample_texts
 from ekiden.progress import Progress, human_count, human_duration, say
+from ekiden.training.facts import Clock
 from ekiden.training.history import History
 from ekiden.training.interruption import Interruption
 from ekiden.training.memory import OutOfMemory, is_out_of_memory, memory_bytes, run_within_memory, try_step
@@ -27,7 +28,7 @@ from ekiden.training.rundir import RunDirectory, TrainResult
 from ekiden.training.saving import Saving
 from ekiden.training.start import prepare
 from ekiden.training.step import StepFigures, accumulate_gradients, apply_update
-from ekiden.training.trackers import WandbTracker
+from ekiden.training.trackers import Trackers
 from ekiden.values import parse_duration
 
 
@@ -73,12 +74,13 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, run: RunDirectory, interruption: Interruption) -> None:
         self.config, self.directory, self.interruption = config, run, interruption
+        self.clock = Clock()
         self._begin()
-        self.tracker = (
-            WandbTracker(config, run.path, self.counters.wandb_run_id) if config.use_wandb else None
-        )
-        if self.tracker:
-            self.counters.wandb_run_id = self.tracker.run_id
+        resumed = self.start.resumed_from
+        # A run that branches off another's checkpoint is another run to a tracker, too.
+        own = resumed is not None and resumed.path.resolve().is_relative_to(run.checkpoints.resolve())
+        self.trackers = Trackers(config, run.path, self.counters.wandb_run_id if own else None)
+        self.counters.wandb_run_id = self.trackers.wandb_run_id or self.counters.wandb_run_id
         self.step_seconds = 0.0
         self.last_loss: float | None = None
         self.stopped_for: str | None = None
@@ -102,14 +104,21 @@ class Trainer:
         try:
             if not resumed or self.start.notes["level"] != "L1":
                 self._try_memory()
+            self.clock.started()
             reason = self.stopped_for = self._steps()
             if reason is None:
                 result = self._complete()
             else:
-                self.saving.save(self.last_loss, wait=True)
+                self._save(wait=True)
                 result = self._result("paused", reason)
                 say(f"stopped at step {self.counters.step} ({reason}); run the same command again to go on")
-            self.history.event("stop", self.counters.step, status=result.status, reason=result.reason)
+            self.history.event(
+                "stop",
+                self.counters.step,
+                status=result.status,
+                reason=result.reason,
+                seconds=self.clock.reading(),
+            )
             self.directory.write_result(result)
             self.saving.upload()  # once more: with the last records and the result
             return result
@@ -120,8 +129,7 @@ class Trainer:
             self.saving.close(give_up=self._stop_again)
             self.batches.close()
             self.history.close()
-            if self.tracker:
-                self.tracker.close()
+            self.trackers.close()
 
     def _stop_again(self) -> bool:
         """Return whether there is a reason to stop beside the one that the steps ended for, or the time is up."""
@@ -141,6 +149,7 @@ class Trainer:
                 seconds = time.perf_counter() - began
                 self.step_seconds = max(seconds, 0.9 * self.step_seconds)
                 counters.seconds += seconds
+                self.clock.add("training", seconds)
                 interval_seconds += seconds
                 if not skipped:
                     counters.bad_in_row = 0
@@ -167,7 +176,7 @@ class Trainer:
                 # Not amid bad steps: a roll-back should go to before them.
                 due = self._due(config.save_steps) and counters.bad_in_row == 0
                 if due or self.interruption.save_requested():
-                    self.saving.save(self.last_loss, wait=not config.background_save)
+                    self._save(wait=not config.background_save)
         finally:
             progress.close()
         return None
@@ -294,7 +303,7 @@ class Trainer:
         """Write the training record of this step; return the figures to show."""
         counters = self.counters
         loss = self.last_loss = float(figures.loss)
-        record = self.history.add(
+        self.history.add(
             "train",
             counters.step,
             loss=loss,
@@ -306,8 +315,7 @@ class Trainer:
             memory_bytes=memory_bytes(self.start.device),
             seconds=counters.seconds,
         )
-        if self.tracker:
-            self.tracker.log(record)
+        self.trackers.wake()
         self._verify_resume(counters.step, loss)
         shown: dict[str, object] = {"loss": f"{loss:.4f}", "tok/s": human_count(tokens_per_second)}
         if self.config.save_steps:
@@ -329,21 +337,27 @@ class Trainer:
             )
         self.history.event("resume-verified", step, bit_exact=before == loss)
 
+    def _save(self, wait: bool) -> None:
+        with self.clock.span("saving"):
+            self.saving.save(self.last_loss, wait)
+
     def _evaluate(self, tokens_per_language: int) -> dict[str, Any]:
         """Evaluate every language, keep the best model so far; return the figures."""
         counters = self.counters
-        result = self._evaluate_within_memory(tokens_per_language)
+        with self.clock.span("evaluation"):
+            result = self._evaluate_within_memory(tokens_per_language)
         say(f"step {counters.step} evaluation\n{format_evaluation(result)}")
         loss = result["macro"]["loss"] if result["macro"] else None
         # best/ is not mirrored: on a new machine the best is the best since then.
         none_yet = counters.best_loss is None or not self.directory.best.is_dir()
         if loss is not None and math.isfinite(loss) and (none_yet or loss < counters.best_loss):
             counters.best_loss = loss
-            self.saving.write_model(self.directory.best, loss)
+            with self.clock.span("saving"):
+                self.saving.write_model(self.directory.best, loss)
         # Recorded last: a session killed before here evaluates this step again, and keeps its model.
-        record = self.history.add("eval", counters.step, **result)
-        if self.tracker:
-            self.tracker.log(record)
+        self.history.add("eval", counters.step, **result)
+        self.history.event("time", counters.step, seconds=self.clock.reading())
+        self.trackers.wake()
         return result
 
     def _evaluate_within_memory(self, tokens_per_language: int) -> dict[str, Any]:
@@ -376,14 +390,15 @@ class Trainer:
         )
 
     def _samples(self) -> None:
-        texts = sample_texts(
-            self.state.model,
-            self.start.tokenizer,
-            self.start.dataset,
-            prompts=self.config.sample_prompts or None,
-            max_new_tokens=self.config.sample_tokens,
-            seed=self.config.seed,
-        )
+        with self.clock.span("samples"):
+            texts = sample_texts(
+                self.state.model,
+                self.start.tokenizer,
+                self.start.dataset,
+                prompts=self.config.sample_prompts or None,
+                max_new_tokens=self.config.sample_tokens,
+                seed=self.config.seed,
+            )
         self.history.add("samples", self.counters.step, languages=texts)
         for language, samples in texts.items():
             say(
@@ -398,13 +413,14 @@ class Trainer:
                 self.saving.write_json(folder)
             say(f"all {self.start.max_steps} steps are done; raise --max-steps to train on")
             return self._result("completed", "all steps done")
-        self.saving.save(self.last_loss, wait=True)
+        self._save(wait=True)
         # A session killed between that save and here leaves these to the next one, which does them once.
         if self.history.last.get("eval") != self.counters.step:
             self._evaluate(self.config.eval_tokens)
         if self.history.last.get("samples") != self.counters.step:
             self._samples()
-        self.saving.write_model(self.directory.final_model, self.counters.best_loss)
+        with self.clock.span("saving"):
+            self.saving.write_model(self.directory.final_model, self.counters.best_loss)
         return self._result("completed", "all steps done")
 
     def _result(self, status: str, reason: str) -> TrainResult:

@@ -29,6 +29,7 @@ from ekiden.tokenizer.load import Tokenizer
 from ekiden.tokens.batches import Batches
 from ekiden.tokens.format import TokenDataset
 from ekiden.tokens.mixture import Mixture, plan_mixture
+from ekiden.training.facts import session_facts
 from ekiden.training.foreign import open_any, restore_any, take_foreign
 from ekiden.training.optimizer import build_optimizer
 from ekiden.training.rundir import RunDirectory, default_checkpoint_budget
@@ -114,6 +115,7 @@ def prepare(config: TrainConfig, run: RunDirectory) -> Start:
     max_steps = config.max_steps or steps_of_epochs(config, dataset, global_batch)
     taken = None if checkpoint else take_weights(config, state, max_steps)
     notes = describe(state, max_steps, saved, changed) | ({"taken": taken} if taken else {})
+    notes |= session_facts(state, device, precision)
     batches = Batches(dataset, mixture, global_batch)
     return Start(
         state, dataset, tokenizer, batches, store, mirror, device, precision, max_steps, checkpoint, notes

@@ -1,0 +1,93 @@
+"""What a session ran on and with, for its event in the history: hardware, versions, model size, planned mixture.
+
+Nothing here decides anything; `training.start.environment` is what has to be equal for bit-identical results.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from typing import Any
+
+import psutil
+import torch
+
+from ekiden.modeling.build import parameter_counts
+from ekiden.modeling.device import Precision, available_cores, peak_flops
+from ekiden.modeling.flops import flops_per_token
+from ekiden.training.state import TrainingState
+
+PACKAGES = ("torch", "transformers", "tokenizers", "sentencepiece", "numpy", "safetensors")
+
+
+def session_facts(state: TrainingState, device: torch.device, precision: Precision) -> dict[str, Any]:
+    """Return JSON facts: {"hardware", "versions", "model", "mixture"}; sizes in bytes, arithmetic in FLOP(/s)."""
+    blocks, embedding = parameter_counts(state.model)
+    hardware: dict[str, Any] = {
+        "cores": available_cores(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "system": platform.platform(terse=True),
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+    }
+    peak = None
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        hardware |= {"device_memory_bytes": properties.total_memory, "cuda": torch.version.cuda}
+        peak = peak_flops(properties.name, precision)
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        versions[package] = metadata.version(package)
+    model = {
+        "parameters_in_blocks": blocks,
+        "parameters_in_embedding": embedding,
+        "flops_per_token": flops_per_token(state.config, blocks + embedding),
+        "peak_flops": peak,
+    }
+    return {
+        "hardware": hardware,
+        "versions": versions,
+        "model": model,
+        "mixture": state.mixture.as_dict(),
+        "global_batch": state.counters.global_batch,
+    }
+
+
+class Clock:
+    """Where the time of a session went, in seconds by what was done.
+
+    Attributes:
+        seconds: by name: starting (until the first step), training, evaluation, samples, saving (what training waits
+            for a save). What no name covers is the rest of `total`.
+    """
+
+    def __init__(self) -> None:
+        self._began = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    def add(self, name: str, seconds: float) -> None:
+        """Count `seconds` under `name`."""
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+
+    @contextmanager
+    def span(self, name: str) -> Iterator[None]:
+        """Count the time inside under `name`."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add(name, time.perf_counter() - began)
+
+    def started(self) -> None:
+        """End the time counted as starting."""
+        self.add("starting", time.perf_counter() - self._began)
+
+    def reading(self) -> dict[str, float]:
+        """Return the seconds by name, and their `total` since the session began, rounded to milliseconds."""
+        return {
+            name: round(value, 3)
+            for name, value in {**self.seconds, "total": time.perf_counter() - self._began}.items()
+        }

@@ -1,0 +1,144 @@
+"""What a tracker is, and the three there are.
+
+Each sends a train or eval record of the history to another program. The packages are imported on first use, in the
+tracker's own thread.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from ekiden.config import TrainConfig
+from ekiden.errors import UserError
+
+TRACKIO_SECONDS = 1.2
+"""trackio writes what it was given within half a second, and has no call that waits for it; a process killed within this
+time sends these records once more."""
+
+
+class Tracker(Protocol):
+    """Something that takes figures. Any exception ends it, and nothing else."""
+
+    def send(self, record: dict[str, Any]) -> None:
+        """Take one train or eval record."""
+
+    def settle(self) -> None:
+        """Return when what was sent would outlive this process."""
+
+    def close(self) -> None:
+        """Send what is left."""
+
+
+class WandbTracker:
+    """One Weights & Biases run, continued over interruptions by its id.
+
+    The step is a metric of its own: wandb's counter refuses a step below the last one, and counts from 0 in every
+    offline session.
+    """
+
+    def __init__(self, config: TrainConfig, run_dir: Path, run_id: str) -> None:
+        import wandb
+
+        self._run = wandb.init(
+            project=config.wandb_project,
+            name=run_dir.resolve().name,
+            id=run_id,
+            resume="allow",
+            dir=str(run_dir),
+            config=dataclasses.asdict(config),
+        )
+        self._run.define_metric("*", step_metric="step")
+
+    def send(self, record: dict[str, Any]) -> None:
+        self._run.log({"step": record["step"], **figures(record)})
+
+    def settle(self) -> None:
+        pass  # wandb's own process has it, and writes it when this one is killed
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class TensorBoardTracker:
+    """Event files in `RUN/tensorboard`; each session adds one."""
+
+    def __init__(self, config: TrainConfig, run_dir: Path, run_id: str) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer: Any = SummaryWriter(str(run_dir / "tensorboard"))  # type: ignore[no-untyped-call]
+
+    def send(self, record: dict[str, Any]) -> None:
+        for name, value in figures(record).items():
+            self._writer.add_scalar(name, value, record["step"], walltime=record["time"])
+
+    def settle(self) -> None:
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class TrackioTracker:
+    """One trackio run, in its local database (`TRACKIO_DIR`) or where its environment variables say."""
+
+    def __init__(self, config: TrainConfig, run_dir: Path, run_id: str) -> None:
+        import trackio
+
+        self._run: Any = trackio.init(
+            project=config.wandb_project,
+            name=f"{run_dir.resolve().name}-{run_id}",
+            resume="allow",
+            embed=False,
+            auto_log_gpu=False,
+            auto_log_cpu=False,
+            config=dataclasses.asdict(config),
+        )
+
+    def send(self, record: dict[str, Any]) -> None:
+        self._run.log(figures(record), step=record["step"])
+
+    def settle(self) -> None:
+        time.sleep(TRACKIO_SECONDS)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+TRACKERS: dict[str, Callable[[TrainConfig, Path, str], Tracker]] = {
+    "wandb": WandbTracker,
+    "tensorboard": TensorBoardTracker,
+    "trackio": TrackioTracker,
+}
+
+
+def require_packages(names: list[str]) -> None:
+    """Refuse trackers whose package is missing, before anything is trained.
+
+    Raises:
+        UserError: one is.
+    """
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"the tracker {name} needs its package: pip install 'ekiden[{name}]'")
+
+
+def figures(record: dict[str, Any]) -> dict[str, float]:
+    """Return the numbers of a record as 'eval/languages/hindi/loss': number."""
+    return _flat({k: v for k, v in record.items() if k not in ("step", "time")}, str(record["kind"]))
+
+
+def _flat(value: dict[str, Any], prefix: str) -> dict[str, float]:
+    flat: dict[str, float] = {}
+    for name, item in value.items():
+        if isinstance(item, dict):
+            flat |= _flat(item, f"{prefix}/{name}")
+        elif item in ("nan", "inf", "-inf"):
+            flat[f"{prefix}/{name}"] = float(item)
+        elif isinstance(item, (int, float)):
+            flat[f"{prefix}/{name}"] = item
+    return flat
