@@ -67,6 +67,10 @@ class TrainConfig:
     """Seed of the initial weights and of the order of the data."""
     temperature: float = 0.5
     """Mixture: a language with n tokens is drawn in proportion to n to this power (1: as they are, 0: equally)."""
+    final_temperature: float = 0.5
+    """The same for the last final_share of the run: below temperature, small languages are read more where it counts most."""
+    final_share: float = 0.0
+    """Share of the run, at its end, that final_temperature holds for; 0: none."""
     language_weights: dict[str, float] = field(default_factory=dict)
     """Explicit mixture instead of temperature, as name=share pairs: english=0.6,hindi=0.4. Others are left out."""
     max_epochs_per_language: float = 0.0
@@ -365,7 +369,7 @@ def validate(config: TrainConfig) -> TrainConfig:
         )
     if config.num_attention_heads % config.num_key_value_heads:
         raise UsageError("--num-attention-heads must be a multiple of --num-key-value-heads")
-    for name in ("decay_ratio", "min_learning_rate_ratio", "muon_momentum", "beta1", "beta2"):
+    for name in ("decay_ratio", "final_share", "min_learning_rate_ratio", "muon_momentum", "beta1", "beta2"):
         if not 0 <= getattr(config, name) <= 1:
             raise UsageError(
                 f"--{name.replace('_', '-')} must be a share from 0 to 1, not {getattr(config, name)}"

@@ -411,8 +411,89 @@ def test_a_damaged_mixture_is_refused(change):
 
 
 def test_describe_says_share_and_epochs():
-    text = plan_mixture({"a": 1_000, "b": 3_000}, 8, 0, temperature=1).describe(total_tokens=8_000)
+    text = plan_mixture({"a": 1_000, "b": 3_000}, 8, 0, temperature=1).describe(total_tokens=8 * BLOCK)
     assert text.splitlines() == [
-        "  a: 25.0% of the samples, 2.00 epochs of its 1,000 tokens",
-        "  b: 75.0% of the samples, 2.00 epochs of its 3,000 tokens",
+        "  a: 25.0% of the samples, 8.19 epochs of its 1,000 tokens",
+        "  b: 75.0% of the samples, 8.19 epochs of its 3,000 tokens",
     ]
+    ends = plan_mixture(
+        {"a": 1_000, "b": 3_000}, 8, 0, 1, total_samples=BLOCK, final_temperature=0, final_share=0.5
+    )
+    assert ends.describe(total_tokens=8 * BLOCK).startswith(
+        "  a: 25.0% of the samples, 50.0% at the end, 12."
+    )
+
+
+# -- other shares at the end -----------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 3 * BLOCK), st.integers(1, 2 * BLOCK), st.integers(0, 2**40))
+def test_later_shares_begin_at_their_sample_and_every_window_is_still_read_once_an_epoch(first, more, seed):
+    tokens = {"large": 40_001, "small": 4_001}
+    plain = plan_mixture(tokens, 8, seed, temperature=1)
+    ended = plain.ending_with({"large": 1, "small": 1}, first)
+    total = first + more
+    languages, starts, epochs = ended.locate(numbers(0, total))
+    for before, after in zip(plain.locate(numbers(0, first)), (languages, starts, epochs)):
+        assert (before == after[:first]).all()
+    counts = np.bincount(languages, minlength=2)
+    assert ended.samples_of(total) == dict(zip(ended.languages, counts.tolist()))
+    for number, windows in enumerate(ended.windows):
+        own = epochs[languages == number]
+        # Samples of a language keep their order: epochs begin one after the other, each with all its windows.
+        assert (own == np.arange(len(own)) // windows).all()
+        for epoch in range(len(own) // windows):
+            read = starts[(languages == number) & (epochs == epoch)]
+            assert len(set(read.tolist())) == windows
+    whole_blocks = (more // BLOCK) * BLOCK
+    if whole_blocks:
+        end = languages[first : first + whole_blocks]
+        assert (np.bincount(end, minlength=2) == whole_blocks // 2).all()
+
+
+def test_later_shares_are_read_in_any_order_and_kept_in_a_checkpoint():
+    mixture = plan_mixture(
+        LANGUAGES, 64, 3, 1.0, total_samples=10_000, final_temperature=0.0, final_share=0.3
+    )
+    assert [begin for begin, _quotas in mixture.later] == [7_000]
+    assert Mixture.from_dict(json.loads(json.dumps(mixture.as_dict()))) == mixture
+    where = np.random.default_rng(0).permutation(12_000).astype(np.uint64)
+    at_once = mixture.locate(numbers(0, 12_000))
+    for whole, part in zip(at_once, mixture.locate(where)):
+        assert (whole[where.astype(np.int64)] == part).all()
+    again = mixture.ending_with(dict.fromkeys(LANGUAGES, 1), 9_000)
+    assert [begin for begin, _quotas in again.later] == [7_000, 9_000]
+
+
+def test_a_checkpoint_from_before_later_shares_is_read():
+    value = plan_mixture(LANGUAGES, 64, 3).as_dict()
+    del value["later"]
+    assert Mixture.from_dict(value) == plan_mixture(LANGUAGES, 64, 3)
+
+
+@pytest.mark.parametrize(
+    "later", [[[0, [2048, 2048]]], [[9, [2048, 2047]]], [[9, [4096]]], [[9, [1.0, 4095]]], [[9]]]
+)
+def test_later_shares_that_make_no_order_are_refused(later):
+    value = plan_mixture({"a": 100, "b": 100}, 8, 0).as_dict() | {"later": later}
+    with pytest.raises(UserError, match="data order is damaged"):
+        Mixture.from_dict(value)
+
+
+@given(st.floats(0, 1), st.floats(0.05, 0.95), st.floats(1, 6))
+def test_the_cap_on_epochs_holds_over_both_parts(temperature, final_share, max_epochs):
+    tokens = {"large": 4_000_000, "middle": 900_000, "small": 80_000}
+    total = int(0.9 * max_epochs * sum(tokens.values())) // 128
+    mixture = plan_mixture(
+        tokens, 128, 0, 1.0, None, max_epochs, total, final_temperature=temperature, final_share=final_share
+    )
+    for name, samples in mixture.samples_of(total).items():
+        # A part of a block holds its shares only as closely as a shuffle does: 4 standard deviations, twice.
+        assert samples * 128 <= max_epochs * tokens[name] + (total / BLOCK + 2 * 4 * 32) * 128
+
+
+def test_no_later_shares_for_one_language_or_explicit_weights():
+    ends = {"total_samples": 100, "final_temperature": 0.1, "final_share": 0.5}
+    assert plan_mixture({"a": 100}, 8, 0, **ends).later == ()
+    assert plan_mixture(LANGUAGES, 8, 0, weights={"hindi": 1, "dutch": 2}, **ends).later == ()
+    assert plan_mixture(LANGUAGES, 8, 0, **ends | {"final_share": 0.0}).later == ()

@@ -4,6 +4,9 @@
 every checkpoint and decides everything after that. Position in the data is one integer: nothing to
 fast-forward, nothing to save, the same on any number of machines, workers or microbatches.
 
+A run may end on other shares than it began with (`later`): a new row of blocks begins at a fixed sample, and
+every language's windows go on where they were.
+
 Samples come in blocks of 4,096. Every block holds each language's exact quota, shuffled by (seed, block).
 Inside a language, windows follow a permutation of their own in each epoch: a Feistel network with cycle
 walking (Black & Rogaway 2002), O(1) in memory and time. Only integer arithmetic modulo 2^64 is used, none of
@@ -16,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -91,12 +94,15 @@ def _ceil_sqrt(sizes: np.ndarray) -> np.ndarray:
 
 
 @lru_cache(maxsize=16)
-def _block_order(seed: int, quotas: tuple[int, ...], block: int) -> tuple[np.ndarray, np.ndarray]:
+def _block_order(seed: int, quotas: tuple[int, ...], begin: int, block: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the language of each slot of a block, and how often it stood before in the block.
+
+    Blocks are numbered from the sample `begin`, where their shares begin.
 
     Kept for the next call: steps are much smaller than a block, and sorting one takes 0.3 ms.
     """
-    order = np.argsort(mix(np.arange(BLOCK, dtype=_U64) ^ _key("block", seed, block)), kind="stable")
+    key = _key("block", seed, block) if begin == 0 else _key("block", seed, begin, block)
+    order = np.argsort(mix(np.arange(BLOCK, dtype=_U64) ^ key), kind="stable")
     language = np.repeat(np.arange(len(quotas)), quotas)[order]
     rank = np.empty(BLOCK, dtype=_U64)
     rank[np.argsort(language, kind="stable")] = np.concatenate(
@@ -115,6 +121,7 @@ class Mixture:
         tokens: training tokens of each language.
         length: tokens a sample is trained on (it reads one more, for the last target).
         seed: of the order.
+        later: (first sample, quotas) of the shares that hold from that sample on, in order.
     """
 
     languages: tuple[str, ...]
@@ -122,6 +129,7 @@ class Mixture:
     tokens: tuple[int, ...]
     length: int
     seed: int
+    later: tuple[tuple[int, tuple[int, ...]], ...] = ()
 
     @property
     def windows(self) -> tuple[int, ...]:
@@ -129,18 +137,45 @@ class Mixture:
         return tuple(max(1, (count - 1) // self.length) for count in self.tokens)
 
     @cached_property
-    def _tables(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Per language, uint64: quota, windows, positions the windows of an epoch can be shifted by, key."""
+    def _tables(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Per language, uint64: windows, positions the windows of an epoch can be shifted by, key."""
         windows = self.windows
         spare = [max(0, count - 1 - n * self.length) for count, n in zip(self.tokens, windows)]
         keys = [_key("language", self.seed, name) for name in self.languages]
-        quotas, sizes, spares = (np.array(values, dtype=_U64) for values in (self.quotas, windows, spare))
-        return quotas, sizes, spares, np.array(keys, dtype=_U64)
+        sizes, spares = (np.array(values, dtype=_U64) for values in (windows, spare))
+        return sizes, spares, np.array(keys, dtype=_U64)
+
+    @cached_property
+    def _parts(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Per part of the run with shares of its own, uint64: first sample [p], quotas [p, languages], and the samples
+        each language has had before it [p, languages]."""
+        begins = [0, *(begin for begin, _quotas in self.later)]
+        quotas = [self.quotas, *(quotas for _begin, quotas in self.later)]
+        before = [np.zeros(len(self.languages), dtype=_U64)]
+        for begin, end, shares in zip(begins, begins[1:], quotas):
+            before.append(before[-1] + self._count(begin, end - begin, shares))
+        return np.array(begins, dtype=_U64), np.array(quotas, dtype=_U64), np.array(before, dtype=_U64)
+
+    def _count(self, begin: int, samples: int, quotas: tuple[int, ...]) -> np.ndarray:
+        """Return how many of the first `samples` samples from `begin` on each language has: uint64 [languages]."""
+        blocks, rest = divmod(samples, BLOCK)
+        languages, _ranks = _block_order(self.seed, quotas, begin, blocks)
+        part = np.bincount(languages[:rest], minlength=len(quotas)).astype(_U64)
+        return _U64(blocks) * np.array(quotas, dtype=_U64) + part
+
+    def samples_of(self, samples: int) -> dict[str, int]:
+        """Return how many of a run's first `samples` samples each language has."""
+        begins, quotas, before = self._parts
+        part = int(np.searchsorted(begins, samples, side="right")) - 1
+        begin = int(begins[part])
+        counts = before[part] + self._count(begin, samples - begin, tuple(quotas[part].tolist()))
+        return dict(zip(self.languages, counts.tolist()))
 
     def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return (language index, first token, epoch) of each sample.
 
-        Sample s stands in block s // 4096. The j-th sample of a language, over all blocks, reads window
+        Sample s stands in block s // 4096 (counted anew where the shares change). The j-th sample of a language,
+        over all blocks, reads window
         permutation(j % windows) of epoch j // windows. The windows of an epoch are shifted together by a part
         of what the text has beyond whole windows, another in each epoch, so that its tail is seen too. About
         4 microseconds a sample in steps of 64, whatever the index.
@@ -153,15 +188,23 @@ class Mixture:
             ring where that is shorter.
         """
         samples = np.asarray(samples, dtype=_U64)
-        blocks, which = np.unique(samples // _U64(BLOCK), return_inverse=True)
-        slots = (samples % _U64(BLOCK)).astype(np.int64)
+        begins, part_quotas, before = self._parts
+        part = np.searchsorted(begins, samples, side="right") - 1
+        inside_part = samples - begins[part]
+        block_of, slots = inside_part // _U64(BLOCK), (inside_part % _U64(BLOCK)).astype(np.int64)
+        pairs = np.stack([part.astype(_U64), block_of])
+        blocks, which = np.unique(pairs, axis=1, return_inverse=True)
+        which = which.reshape(-1)
         language, rank = np.empty(len(samples), dtype=np.int64), np.empty(len(samples), dtype=_U64)
         groups = np.split(np.argsort(which, kind="stable"), np.cumsum(np.bincount(which))[:-1])
-        for block, inside in zip(blocks, groups):
-            languages_of_slots, ranks_of_slots = _block_order(self.seed, self.quotas, int(block))
+        for (number, block), inside in zip(blocks.T.tolist(), groups):
+            languages_of_slots, ranks_of_slots = _block_order(
+                self.seed, tuple(part_quotas[number].tolist()), int(begins[number]), block
+            )
             language[inside], rank[inside] = languages_of_slots[slots[inside]], ranks_of_slots[slots[inside]]
-        quotas, windows, spares, keys = (table[language] for table in self._tables)
-        nth = blocks[which] * quotas + rank  # Below 2^63: quotas are at most a block.
+        windows, spares, keys = (table[language] for table in self._tables)
+        # Below 2^63: quotas are at most a block.
+        nth = before[part, language] + block_of * part_quotas[part, language] + rank
         epoch, within = nth // windows, nth % windows
         key = mix(keys ^ mix(epoch))
         shift = mix(~key) % (spares + _U64(1))
@@ -169,22 +212,36 @@ class Mixture:
         return language, start.astype(np.int64), epoch.astype(np.int64)
 
     def shares(self) -> dict[str, float]:
-        """Return each language's share of the samples."""
+        """Return each language's share of the samples, as the run begins."""
         return {name: quota / BLOCK for name, quota in zip(self.languages, self.quotas)}
 
     def describe(self, total_tokens: int) -> str:
-        """Return a line a language: share, and the epochs it means over `total_tokens`."""
-        return "\n".join(
-            f"  {name}: {share:.1%} of the samples, {share * total_tokens / count:.2f} epochs of its "
-            f"{count:,} tokens"
-            for (name, share), count in zip(self.shares().items(), self.tokens)
-        )
+        """Return a line a language: share (at the beginning, and at the end where it is another), and the epochs it
+        means over `total_tokens`."""
+        counts = self.samples_of(total_tokens // self.length)
+        last = self.later[-1][1] if self.later else self.quotas
+        lines = []
+        for index, (name, share) in enumerate(self.shares().items()):
+            end = f", {last[index] / BLOCK:.1%} at the end" if last[index] != self.quotas[index] else ""
+            epochs = counts[name] * self.length / self.tokens[index]
+            lines.append(
+                f"  {name}: {share:.1%} of the samples{end}, {epochs:.2f} epochs of its "
+                f"{self.tokens[index]:,} tokens"
+            )
+        return "\n".join(lines)
+
+    def ending_with(self, shares: Mapping[str, float], first_sample: int) -> Mixture:
+        """Return this order up to `first_sample`, and after it one with other shares of the same languages."""
+        earlier = tuple(part for part in self.later if part[0] < first_sample)
+        quotas = _apportion({name: shares[name] for name in self.languages})
+        last = tuple(quotas[name] for name in self.languages)
+        if first_sample == 0:
+            return replace(self, quotas=last, later=())
+        return replace(self, later=(*earlier, (first_sample, last)))
 
     def as_dict(self) -> dict[str, Any]:
         """Return the mixture as JSON values, for the checkpoint."""
-        return {
-            name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()
-        }
+        return {name: _plain(value) for name, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> Mixture:
@@ -195,9 +252,9 @@ class Mixture:
         """
         names = [field.name for field in fields(cls)]
         try:
-            if set(value) != set(names):
+            if set(value) | {"later"} != set(names):
                 raise ValueError(f"it has {sorted(value)}, expected {names}")
-            values: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in value.items()}
+            values: dict[str, Any] = {name: _tuples(item) for name, item in value.items()}
             mixture = cls(**values)
             mixture._check()
         except (ValueError, TypeError) as error:
@@ -220,6 +277,21 @@ class Mixture:
             raise ValueError(f"quotas {self.quotas} do not make a block of {BLOCK}")
         if min(self.tokens) < 1 or self.length < 1:
             raise ValueError("tokens and length must be at least 1")
+        before = 0
+        for begin, quotas in self.later:
+            if type(begin) is not int or begin <= before or not all(type(q) is int for q in quotas):
+                raise ValueError(f"later shares {self.later!r} do not begin one after the other")
+            if len(quotas) != len(self.languages) or sum(quotas) != BLOCK or min(quotas) < 1:
+                raise ValueError(f"quotas {quotas} do not make a block of {BLOCK}")
+            before = begin
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
 
 
 def plan_mixture(
@@ -230,6 +302,8 @@ def plan_mixture(
     weights: Mapping[str, float] | None = None,
     max_epochs: float | None = None,
     total_samples: int | None = None,
+    final_temperature: float | None = None,
+    final_share: float = 0.0,
 ) -> Mixture:
     """Return the mixture for languages of the given sizes.
 
@@ -241,7 +315,10 @@ def plan_mixture(
         weights: explicit weights instead; a language that is not named, or with 0, is left out.
         max_epochs: no language is repeated more often than this over `total_samples`, to within one sample a
             block; what it gives up goes to the others in proportion.
-        total_samples: samples of the whole run, for `max_epochs`.
+        total_samples: samples of the whole run, for `max_epochs` and `final_share`.
+        final_temperature: temperature of the last `final_share` of the run: below `temperature`, small languages are
+            read more while the learning rate falls, when what is read is kept best. None, or explicit weights: as
+            before.
 
     Raises:
         UsageError: weights for a language that is not there, or none above 0; a value that is no weight.
@@ -254,14 +331,54 @@ def plan_mixture(
             f"the shards hold {len(raw)} languages, a mixture at most {BLOCK}; leave some out by "
             "--language-weights"
         )
+    sizes = {name: tokens[name] for name in raw}
     if max_epochs is not None:
         assert total_samples is not None and total_samples > 0
-        raw = _capped(raw, {name: tokens[name] for name in raw}, max_epochs, total_samples * length)
+        raw = _capped(raw, _texts(sizes, max_epochs), total_samples * length, max_epochs)
     quotas = _apportion(raw)
     names = tuple(raw)
-    return Mixture(
+    mixture = Mixture(
         names, tuple(quotas[name] for name in names), tuple(tokens[name] for name in names), length, seed
     )
+    if final_temperature is None or weights or not 0 < final_share <= 1 or len(names) == 1:
+        return mixture
+    assert total_samples is not None and total_samples > 0
+    first = round((1 - final_share) * total_samples)
+    return mixture.ending_with(
+        final_shares(mixture, final_temperature, first, total_samples, max_epochs), first
+    )
+
+
+def final_shares(
+    mixture: Mixture, temperature: float, first: int, total_samples: int, max_epochs: float | None = None
+) -> dict[str, float]:
+    """Return the shares of the samples from `first` to the end of a run of `total_samples`, by `temperature`.
+
+    Args:
+        max_epochs: of a language over the whole run, what was read before `first` included.
+
+    Raises:
+        UserError: the cap leaves too little text for the rest of the run.
+    """
+    sizes = dict(zip(mixture.languages, mixture.tokens))
+    shares = _by_temperature(sizes, temperature)
+    if max_epochs is None:
+        return shares
+    read = mixture.samples_of(first)
+    left = {
+        name: max(0.0, count - read[name] * mixture.length)
+        for name, count in _texts(sizes, max_epochs).items()
+    }
+    return _capped(shares, left, max(1, total_samples - first) * mixture.length, max_epochs)
+
+
+def _texts(tokens: Mapping[str, int], max_epochs: float) -> dict[str, float]:
+    """Return the tokens that may be read of each language."""
+    if not max_epochs > 0:
+        raise UsageError(
+            f"--max-epochs-per-language must be above 0, not {max_epochs}; leave it out for no cap"
+        )
+    return {name: max_epochs * count for name, count in tokens.items()}
 
 
 def _by_temperature(tokens: Mapping[str, int], temperature: float) -> dict[str, float]:
@@ -291,17 +408,13 @@ def _explicit(weights: Mapping[str, float], tokens: Mapping[str, int]) -> dict[s
 
 
 def _capped(
-    weights: dict[str, float], tokens: dict[str, int], max_epochs: float, total: int
+    weights: dict[str, float], texts: dict[str, float], total: int, max_epochs: float
 ) -> dict[str, float]:
-    """Return shares of `total` tokens, none above `max_epochs` of its language; the others get the excess."""
-    if not max_epochs > 0:
-        raise UsageError(
-            f"--max-epochs-per-language must be above 0, not {max_epochs}; leave it out for no cap"
-        )
-    caps = {name: max_epochs * count / total for name, count in tokens.items()}
+    """Return shares of `total` tokens, none above the tokens in `texts`; the others get the excess."""
+    caps = {name: count / total for name, count in texts.items()}
     # A block of samples is the resolution of every share.
     if sum(caps.values()) < 1 - len(caps) / BLOCK:
-        needed = math.ceil(100 * total / sum(tokens.values())) / 100
+        needed = math.ceil(100 * max_epochs * total / sum(texts.values())) / 100
         raise UserError(
             f"--max-epochs-per-language {max_epochs:g} leaves text for {sum(caps.values()):.1%} of the run's "
             f"{total:,} tokens; raise it to {needed:g}, or lower --max-steps or --epochs"

@@ -211,6 +211,8 @@ def fresh_mixture(config: TrainConfig, dataset: TokenDataset, global_batch: int)
         weights=config.language_weights or None,
         max_epochs=config.max_epochs_per_language or None,
         total_samples=steps * global_batch,
+        final_temperature=config.final_temperature,
+        final_share=config.final_share,
     )
 
 
