@@ -112,7 +112,7 @@ def prepare(corpus: str, folder: Path, vocab_size: int) -> Path:
 def train_one(run: Run, shards: Path, folder: Path, threads: int, evaluations: int) -> dict[str, Any]:
     """Train `run` unless it is done; return its curve: tokens and bits per byte of every evaluation."""
     place = folder / "runs" / run.name
-    finished = place.with_suffix(".json")
+    finished = place.with_name(run.name + ".json")
     if finished.exists():
         return json.loads(finished.read_text())
     import torch
