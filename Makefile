@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help faults quickstart quickstart-short test test-slow lint format lock clean
+.PHONY: help faults notebooks test-image test-kaggle quickstart quickstart-short test test-slow lint format lock clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | sort
@@ -47,3 +47,13 @@ clean:  ## remove the environment and caches
 
 faults: $(READY)  ## the whole fault campaign: 500 SIGKILLs, every system call, power cuts, damage, memory
 	$(BIN)/python tests/faults/table.py
+
+notebooks: $(READY)  ## write the kept Kaggle notebooks anew
+	$(BIN)/ekiden kaggle notebook notebooks/gpt2-wikitext-103.yaml --output notebooks/gpt2-wikitext-103.ipynb --package input \
+	  --title "GPT-2 10M on WikiText-103" --prompt "The river" --prompt "In 1918 the"
+	$(BIN)/ekiden kaggle notebook notebooks/gemma3-multilingual.yaml --output notebooks/gemma3-multilingual.ipynb --package input \
+	  --title "Gemma 3 on many languages" --vocab-size 64000 \
+	  --prompt "The river" --prompt "नदी" --prompt "न्हंय" --prompt "De rivier"
+
+test-kaggle: $(READY)  ## ten legs with every fault, 50 kills of the relay, both notebooks without a network
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/kaggle

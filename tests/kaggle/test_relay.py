@@ -98,29 +98,19 @@ def test_ten_legs_with_every_fault_are_one_run(
     start: Callable[..., RelayState], ready: StandIn, reference: Outcome, tmp_path: Path
 ) -> None:
     ready.steps_a_leg = 2
-    good = SessionFault()
+    good, stale = SessionFault(), SessionFault(stale=True)
     ready.session_faults = [
-        SessionFault(Faults(hide_inputs=True)),  # the corpus is not mounted
-        good,
-        SessionFault(Faults(gpus=0)),  # a CPU without a word
-        good,
+        *(SessionFault(Faults(hide_inputs=True)), good),  # the corpus is not mounted
+        *(SessionFault(Faults(gpus=0)), good),  # a CPU without a word
         SessionFault(Faults(kill_after=0.5)),  # the wall: output lost
-        SessionFault(Faults(exit_status=137)),  # an error: output lost
-        good,
-        SessionFault(never=True),  # queued for ever
-        good,
-        SessionFault(stale=True),  # an older version is mounted
-        good,
-        SessionFault(lie="CANCEL_ACKNOWLEDGED"),  # finished, and shown as cancelled
-        good,
+        *(SessionFault(Faults(exit_status=137)), good),  # an error: output lost
+        *(SessionFault(never=True), good, good),  # queued for ever
+        *(stale, good),  # an older version is mounted
+        *(SessionFault(lie="CANCEL_ACKNOWLEDGED"), good),  # finished, and shown as cancelled
         SessionFault(Faults(exit_status=1), lie="COMPLETE"),  # crashed, and shown as complete
-        good,
-        good,
-        SessionFault(stale=True),
-        SessionFault(stale=True),
-        SessionFault(stale=True),  # goes back one output
+        *(stale, stale, stale),  # and again and again: the relay goes back one output
     ]
-    ready.push_errors = [SESSIONS, QUOTA]
+    ready.push_errors = [SESSIONS, SESSIONS, QUOTA]
     ready.push_invalid = [["tester/tiny-corpus-1"]]
     ready.quota |= {"used": 107_999.0, "refresh": time.time() + 2}
     for method in (
@@ -137,7 +127,10 @@ def test_ten_legs_with_every_fault_are_one_run(
     assert not ready.session_faults and not ready.push_errors and not any(ready.http_faults.values())
     outcomes = Counter(attempt.outcome for attempt in state.attempts)
     assert outcomes["completed"] == 1 and outcomes["paused"] >= 9
-    assert min(outcomes[name] for name in ("no-corpus", "no-gpu", "stuck", "stale-input")) >= 1
+    assert (
+        min(outcomes[name] for name in ("no-corpus", "no-gpu", "stuck")) == 1 and outcomes["stale-input"] == 4
+    )
+    assert [a.leg for a in state.attempts].count(8) == 2  # gone back to
     assert outcomes["lost"] >= 3
     assert starts(tmp_path / "relay" / "run") == 10
 

@@ -90,22 +90,59 @@ def _upload(path: Path, name: str, max_part_size: str, staging: str | None) -> l
     return upload(path, name, Kaggle(), max_part_bytes=size, staging=Path(staging) if staging else None)
 
 
+CORPUS = click.option(
+    "--corpus", "refs", default="", help="What `kaggle corpus upload` printed: owner/name-1,owner/name-2."
+)
+TOKEN_BUDGET = click.option(
+    "--token-budget", help="Tokens of the whole run: 500M, 2B. Default: the recipe's max_steps or epochs."
+)
+GPUS = click.option(
+    "--gpus", type=int, default=2, show_default=True, help="GPUs a session must have; 0: train on the CPU."
+)
+
+
+@kaggle.command(context_settings=CONTEXT)
+@click.argument("recipe", required=False)
+@click.option("--output", required=True, help="File to write, ending in .ipynb.")
+@click.option("--title", help="Default: the file's name.")
+@CORPUS
+@TOKEN_BUDGET
+@GPUS
+@click.option(
+    "--vocab-size",
+    type=int,
+    default=16_000,
+    show_default=True,
+    help="Of the tokenizer, where the corpus is text.",
+)
+@click.option(
+    "--prompt", "prompts", multiple=True, help="Text to continue at the end; may be given several times."
+)
+@click.option(
+    "--package",
+    type=click.Choice(["embed", "input"]),
+    default="embed",
+    show_default=True,
+    help="Ekiden itself: inside the notebook, or a wheel in your dataset ekiden-wheel.",
+)
+def notebook(recipe: str | None, output: str, refs: str, prompts: tuple[str, ...], **options: Any) -> None:
+    """Write a notebook for RECIPE (a preset's name or a YAML file), to be uploaded to Kaggle and run there.
+
+    Example: ekiden kaggle notebook gpt2-10m --corpus me/my-corpus-1 --output train.ipynb
+    """
+    from ekiden.kaggle.notebook import write_notebook
+
+    corpus = [ref for ref in refs.split(",") if ref]
+    click.echo(str(write_notebook(recipe, output, corpus=corpus, prompts=list(prompts), **options)))
+
+
 @kaggle.command(context_settings=CONTEXT)
 @click.argument("recipe", required=False)
 @RELAY_DIR
-@click.option(
-    "--corpus",
-    "corpus_refs",
-    default="",
-    help="What `kaggle corpus upload` printed: owner/name-1,owner/name-2.",
-)
+@CORPUS
+@TOKEN_BUDGET
+@GPUS
 @click.option("--name", help="The scripts are NAME-a, NAME-b, NAME-c. Default: the recipe's name.")
-@click.option(
-    "--token-budget", help="Tokens of the whole run: 500M, 2B. Default: the recipe's max_steps or epochs."
-)
-@click.option(
-    "--gpus", type=int, default=2, show_default=True, help="GPUs a leg must find; 0: train on the CPU."
-)
 @click.option(
     "--accelerator", default="NvidiaTeslaT4", show_default=True, help="Kaggle's name of the machine."
 )
@@ -114,7 +151,7 @@ def _upload(path: Path, name: str, max_part_size: str, staging: str | None) -> l
     "--poll-seconds", type=float, default=60.0, show_default=True, help="Between two looks at a session."
 )
 def relay(
-    recipe: str | None, relay_dir: str, corpus_refs: str, leg_time: str, poll_seconds: float, **options: Any
+    recipe: str | None, relay_dir: str, refs: str, leg_time: str, poll_seconds: float, **options: Any
 ) -> None:
     """Train RECIPE (a preset's name or a YAML file) on Kaggle until its budget is reached; given again, it goes on.
 
@@ -128,7 +165,7 @@ def relay(
         recipe,
         relay_dir,
         Kaggle(),
-        corpus=[ref for ref in corpus_refs.split(",") if ref],
+        corpus=[ref for ref in refs.split(",") if ref],
         leg_seconds=int(parse_duration(leg_time, "--leg-time") or LEG_SECONDS),
         patience=Patience(poll=poll_seconds),
         **options,

@@ -332,8 +332,10 @@ def train_command(recipe: Path, dataset: Path, run: Path, flags: Iterable[str] =
     return [sys.executable, "-u", "-m", "ekiden", "train", str(recipe), *places, *flags]
 
 
-def start(command: list[str], seconds: float, scratch: Path, package: Path | None) -> subprocess.Popen[bytes]:
-    """Start training that is to end by itself within `seconds`."""
+def start(
+    command: list[str], seconds: float, scratch: Path, package: Path | None, log: Path | None = None
+) -> subprocess.Popen[bytes]:
+    """Start training that is to end by itself within `seconds`; what it prints goes to `log`, or where this prints."""
     environment = dict(os.environ) | {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
     environment |= {"HF_HOME": str(scratch / "hub"), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     if package:
@@ -341,7 +343,14 @@ def start(command: list[str], seconds: float, scratch: Path, package: Path | Non
         environment["PYTHONPATH"] = str(package) + (os.pathsep + before if before else "")
     command = [*command, "--max-time", f"{max(1, int(seconds))}s"]
     say(" ".join(command))
-    return subprocess.Popen(command, env=environment, start_new_session=True)
+    output = log.open("ab") if log else None
+    return subprocess.Popen(
+        command,
+        env=environment,
+        start_new_session=True,
+        stdout=output,
+        stderr=subprocess.STDOUT if output else None,
+    )
 
 
 def wait(process: subprocess.Popen[bytes], seconds: float, grace: float) -> int:
