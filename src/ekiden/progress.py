@@ -13,10 +13,19 @@ import time
 from tqdm import tqdm
 
 LINE_SECONDS = 10.0
+_silent = False
+
+
+def silence() -> None:
+    """Show nothing more in this process: it trains beside another, which speaks for all."""
+    global _silent
+    _silent = True
 
 
 def say(text: str) -> None:
     """Print one line to stderr without breaking a bar that is being drawn."""
+    if _silent:
+        return
     tqdm.write(text, file=sys.stderr)
     sys.stderr.flush()
 
@@ -55,7 +64,7 @@ class Progress:
         self._started = self._last_line = time.monotonic()
         self._figures: dict[str, object] = {}
         self._bar: tqdm | None = None
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not _silent:
             self._bar = tqdm(
                 total=total,
                 unit=unit,
@@ -79,6 +88,8 @@ class Progress:
 
     def _line(self) -> None:
         self._last_line = now = time.monotonic()
+        if _silent:
+            return
         elapsed, advanced = now - self._started, self.done - self._initial
         rate = advanced / elapsed if elapsed > 0 else 0.0
         of_total = f"/{human_count(self.total)}" if self.total else ""

@@ -355,6 +355,7 @@ def test_a_converted_checkpoint_restores_every_bit(settings: Settings, tmp_path:
         state.restore(checkpoint)  # type: ignore[arg-type]
         states.append(state.snapshot())
     ours, theirs = states
+    assert ours.trainer["identity"].pop("run_id") != theirs.trainer["identity"].pop("run_id")
     assert ours.trainer == theirs.trainer | {"config": ours.trainer["config"]}
     for part in ("model", "optimizer", "rng"):
         a, b = getattr(ours, part), getattr(theirs, part)

@@ -32,6 +32,8 @@ def main(arguments: list[str] | None = None) -> None:
     except UserError as error:
         if debug:
             traceback.print_exc()
+        if getattr(error, "quiet", False):  # another rank says it
+            sys.exit(error.exit_code)
         fail(str(error), error.exit_code)
     except BrokenPipeError:
         os._exit(0)

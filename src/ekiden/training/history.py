@@ -41,7 +41,11 @@ class History:
         self.path = path
         self.replaced: dict[int, float] = {}
         self.last: dict[str, int] = {}
-        kept = []
+        self._waiting: list[bytes] = []
+        self._open(step)
+
+    def _open(self, step: int) -> None:
+        path, kept = self.path, []
         for record in read_history(path):
             if record.get("kind") in STEP_KINDS and record["step"] > step:
                 if record["kind"] == "train":
@@ -54,7 +58,6 @@ class History:
             files.write_atomic(path, lines)
         self._file = path.open("ab", buffering=0)
         self._end = len(lines)
-        self._waiting: list[bytes] = []
 
     def add(self, kind: str, step: int, **figures: Any) -> dict[str, Any]:
         """Append one record and return it; where the disk is full, it waits in memory for the next one."""
@@ -95,6 +98,27 @@ class History:
             say(
                 f"training_history.json could not be written ({files.reason(error)}); history.jsonl holds the same"
             )
+
+
+class UnwrittenHistory(History):
+    """The history on a rank that does not write it: records are returned, and lead nowhere.
+
+    Args:
+        last: what the writing rank's `last` says, for what is done next has to be the same on all.
+    """
+
+    def __init__(self, path: Path, last: dict[str, int]) -> None:
+        super().__init__(path, 0)
+        self.last = last
+
+    def _open(self, step: int) -> None:
+        pass
+
+    def _write_waiting(self) -> None:
+        self._waiting.clear()
+
+    def close(self) -> None:
+        """Do nothing."""
 
 
 def _line(record: dict[str, Any]) -> str:

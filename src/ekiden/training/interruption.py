@@ -19,18 +19,22 @@ from types import FrameType
 import psutil
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+TIME_LIMIT, STOP_FILE = "time limit", "stop file"
+REASONS = (*(number.name for number in SIGNALS), TIME_LIMIT, STOP_FILE)
+"""Why a run stops, as ranks tell each other: by its place in here."""
 
 
 class Interruption:
     """The flags of one run.
 
     Args:
-        run_dir: where the files `stop` and `save` are looked for.
+        run_dir: where the files `stop` and `save` are looked for; None: they are not, another rank does.
         max_seconds: time limit of the process; None: none.
     """
 
-    def __init__(self, run_dir: Path, max_seconds: float | None = None) -> None:
-        self._stop_file, self._save_file = run_dir / "stop", run_dir / "save"
+    def __init__(self, run_dir: Path | None, max_seconds: float | None = None) -> None:
+        self._stop_file = run_dir / "stop" if run_dir is not None else None
+        self._save_file = run_dir / "save" if run_dir is not None else None
         self._signal: signal.Signals | None = None
         # Monotonic time of the process's start: imports alone take 5-30 s of a paid session.
         self._deadline = time.monotonic() - process_age() + max_seconds if max_seconds is not None else None
@@ -64,16 +68,16 @@ class Interruption:
         if self._signal is not None:
             return self._signal.name
         if self._deadline is not None and time.monotonic() + reserve_seconds >= self._deadline:
-            return "time limit"
-        if self._stop_file.exists():
+            return TIME_LIMIT
+        if self._stop_file is not None and self._stop_file.exists():
             with contextlib.suppress(OSError):  # on a read-only disk it stays, and stops the next session too
                 self._stop_file.unlink(missing_ok=True)
-            return "stop file"
+            return STOP_FILE
         return None
 
     def save_requested(self) -> bool:
         """Return whether `RUN/save` is there, and take it away."""
-        if not self._save_file.exists():
+        if self._save_file is None or not self._save_file.exists():
             return False
         try:
             self._save_file.unlink(missing_ok=True)

@@ -7,10 +7,13 @@ the run directory, and leaves the run directory further along: history, checkpoi
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 import math
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 
@@ -20,10 +23,11 @@ from ekiden.evaluation.loss import evaluate, format_evaluation
 from ekiden.evaluation.samples import sample_texts
 from ekiden.progress import Progress, human_count, human_duration, say
 from ekiden.training.facts import Clock
-from ekiden.training.history import History
-from ekiden.training.interruption import Interruption
+from ekiden.training.history import History, UnwrittenHistory
+from ekiden.training.interruption import REASONS, Interruption
 from ekiden.training.memory import OutOfMemory, is_out_of_memory, memory_bytes, run_within_memory, try_step
 from ekiden.training.optimizer import learning_rate
+from ekiden.training.ranks import PeerLost, Ranks
 from ekiden.training.rundir import RunDirectory, TrainResult
 from ekiden.training.saving import Saving
 from ekiden.training.start import prepare
@@ -31,9 +35,13 @@ from ekiden.training.step import StepFigures, accumulate_gradients, apply_update
 from ekiden.training.trackers import Trackers
 from ekiden.values import parse_duration
 
+T = TypeVar("T")
+
 
 def train(config: TrainConfig) -> TrainResult:
     """Train until the run is complete or has to stop; resume by itself where there is something to resume.
+
+    Where the environment names several ranks (torchrun, accelerate), each of them calls this.
 
     Returns:
         How this call ended; `result.json` in the run directory says the same.
@@ -45,19 +53,37 @@ def train(config: TrainConfig) -> TrainResult:
     for name in ("dataset_path", "output_dir"):
         if not getattr(config, name):
             raise UserError(f"--{name.replace('_', '-')} is not set; give a folder")
+    ranks = Ranks.join(config.device)
+    try:
+        return _train(config, ranks)
+    finally:
+        ranks.leave()
+
+
+def _train(config: TrainConfig, ranks: Ranks) -> TrainResult:
     run = RunDirectory(config.output_dir)
-    with run.lock():
-        interruption = Interruption(run.path, parse_duration(config.max_time, "--max-time"))
-        with interruption.handlers():
-            try:
-                return Trainer(config, run, interruption).run_to_end()
-            except BaseException as error:
+    speaks = ranks.main
+    with contextlib.ExitStack() as stack:
+        try:
+            with ranks.watched():
+                ranks.on_main(lambda: stack.enter_context(run.lock()))
+                interruption = Interruption(
+                    run.path if ranks.main else None, parse_duration(config.max_time, "--max-time")
+                )
+                with interruption.handlers():
+                    result = Trainer(config, run, interruption, ranks).run_to_end()
+                ranks.barrier()
+                return result
+        except BaseException as error:
+            if isinstance(error, PeerLost):
+                speaks = not error.quiet
+            if speaks:
                 write_failure(run, error)
-                if is_out_of_memory(error):
-                    raise UserError(
-                        f"the memory is used up ({error}); lower --max-length or choose a smaller preset, and run again"
-                    ) from None
-                raise
+            if is_out_of_memory(error):
+                raise UserError(
+                    f"the memory is used up ({error}); lower --max-length or choose a smaller preset, and run again"
+                ) from None
+            raise
 
 
 def write_failure(run: RunDirectory, error: BaseException) -> None:
@@ -72,34 +98,44 @@ def write_failure(run: RunDirectory, error: BaseException) -> None:
 class Trainer:
     """One session of a run: from the newest checkpoint to the end, or to whatever stops it."""
 
-    def __init__(self, config: TrainConfig, run: RunDirectory, interruption: Interruption) -> None:
-        self.config, self.directory, self.interruption = config, run, interruption
+    def __init__(
+        self, config: TrainConfig, run: RunDirectory, interruption: Interruption, ranks: Ranks
+    ) -> None:
+        self.config, self.directory, self.interruption, self.ranks = config, run, interruption, ranks
         self.clock = Clock()
         self._begin()
         resumed = self.start.resumed_from
         # A run that branches off another's checkpoint is another run to a tracker, too.
         own = resumed is not None and resumed.path.resolve().is_relative_to(run.checkpoints.resolve())
-        self.trackers = Trackers(config, run.path, self.counters.wandb_run_id if own else None)
+        self.trackers = Trackers(
+            config if ranks.main else dataclasses.replace(config, use_wandb=False, trackers=[]),
+            run.path,
+            self.counters.wandb_run_id if own else None,
+        )
         self.counters.wandb_run_id = self.trackers.wandb_run_id or self.counters.wandb_run_id
         self.step_seconds = 0.0
         self.last_loss: float | None = None
         self.stopped_for: str | None = None
-        self.verified_resume = self.start.resumed_from is None
-        run.write_config(config)
+        self.verified_resume = self.start.resumed_step is None
+        if ranks.main:
+            run.write_config(config)
 
     def _begin(self) -> None:
         """Take up the run where its newest checkpoint is."""
-        self.start = prepare(self.config, self.directory)
+        self.start = prepare(self.config, self.directory, self.ranks)
         self.state, self.batches = self.start.state, self.start.batches
         self.counters = self.state.counters
-        self.history = History(self.directory.history, self.counters.step)
-        self.saving = Saving(self.start, self.history)
+        path = self.directory.history
+        written = History(path, self.counters.step) if self.ranks.main else None
+        last = self.ranks.from_main(written.last if written else None)
+        self.history = written or UnwrittenHistory(path, last)
+        self.saving = Saving(self.start, self.history, self.ranks)
 
     # -- the session ------------------------------------------------------------------------------------------
 
     def run_to_end(self) -> TrainResult:
         """Do the remaining steps; return how the session ended."""
-        resumed = self.start.resumed_from is not None
+        resumed = self.start.resumed_step is not None
         self.history.event("resume" if resumed else "start", self.counters.step, **self.start.notes)
         try:
             if not resumed or self.start.notes["level"] != "L1":
@@ -119,16 +155,15 @@ class Trainer:
                 reason=result.reason,
                 seconds=self.clock.reading(),
             )
-            self.directory.write_result(result)
+            if self.ranks.main:
+                self.directory.write_result(result)
             self.saving.upload()  # once more: with the last records and the result
             return result
         except Exception as error:
             self.history.event("stop", self.counters.step, status="failed", reason=str(error))
             raise
         finally:
-            self.saving.close(give_up=self._stop_again)
-            self.batches.close()
-            self.history.close()
+            self._end_session(give_up=self._stop_again)
             self.trackers.close()
 
     def _stop_again(self) -> bool:
@@ -145,6 +180,11 @@ class Trainer:
             while counters.step < self.start.max_steps:
                 began = time.perf_counter()
                 figures = self._step()
+                if figures is None:
+                    counters = self.counters
+                    progress.update(counters.step - progress.done)
+                    interval_seconds, interval_start = 0.0, counters.step
+                    continue
                 skipped = bool(figures.skipped)
                 seconds = time.perf_counter() - began
                 self.step_seconds = max(seconds, 0.9 * self.step_seconds)
@@ -170,16 +210,23 @@ class Trainer:
                     self._samples()
                 progress.update(1, **shown)
                 self.saving.check()
-                reason = self.interruption.stop_reason(self._reserve_seconds())
+                reason, save = self._requests()
                 if reason and step < self.start.max_steps:
                     return reason
                 # Not amid bad steps: a roll-back should go to before them.
                 due = self._due(config.save_steps) and counters.bad_in_row == 0
-                if due or self.interruption.save_requested():
+                if due or save:
                     self._save(wait=not config.background_save)
         finally:
             progress.close()
         return None
+
+    def _requests(self) -> tuple[str | None, bool]:
+        """Return why all have to stop (or None), and whether a save is asked for; one rank's reason is enough."""
+        own = self.interruption.stop_reason(self._reserve_seconds())
+        number = 1 + REASONS.index(own) if own else 0
+        agreed, save = self.ranks.agree([number, self.interruption.save_requested()])
+        return REASONS[int(agreed) - 1] if agreed else None, bool(save)
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.counters.step % every == 0
@@ -194,25 +241,51 @@ class Trainer:
 
     # -- one step ---------------------------------------------------------------------------------------------
 
-    def _step(self) -> StepFigures:
-        """Do one optimizer step; halve the microbatch and repeat it where the device runs out of memory."""
+    def _step(self) -> StepFigures | None:
+        """Do one optimizer step; halve the microbatch and repeat it where a device runs out of memory.
+
+        Gradients are exchanged once, when every rank has all of its own: no rank waits in a collective for one whose
+        forward or backward pass fails.
+
+        Returns:
+            None where the update itself did not fit: weights are then half changed, and the run went back to its
+            newest checkpoint.
+        """
         config, counters = self.config, self.counters
-        loss = run_within_memory(self._gradients)
-        while isinstance(loss, OutOfMemory):
-            self._halve_microbatch(loss.problem)
-            loss = run_within_memory(self._gradients)
+        loss = self._within_memory(self._gradients)
+        gradients = [p.grad for p in self.state.model.parameters() if p.grad is not None]
+        self.ranks.sum_([*gradients, loss])
         rate = learning_rate(counters.step, config, self.start.max_steps)
-        figures = apply_update(self.state.optimizer, loss, rate, config.max_grad_norm, self.state.scaler)
+        update = functools.partial(
+            apply_update, self.state.optimizer, loss, rate, config.max_grad_norm, self.state.scaler
+        )
+        figures = run_within_memory(update)
+        problem = self.ranks.first(figures.problem if isinstance(figures, OutOfMemory) else None)
+        if problem or isinstance(figures, OutOfMemory):
+            self._go_back_smaller(problem)
+            return None
         counters.step += 1
         counters.tokens += self._tokens_per_step()
         return figures
+
+    def _within_memory(self, work: Callable[[], T]) -> T:
+        """Return what `work` returns on this rank, repeated with half the microbatch on all where one has no memory."""
+        while True:
+            result = run_within_memory(work)
+            problem = self.ranks.first(result.problem if isinstance(result, OutOfMemory) else None)
+            if problem is None and not isinstance(result, OutOfMemory):
+                return result
+            del result
+            self._halve_microbatch(problem)
 
     def _gradients(self) -> torch.Tensor:
         """Add up the gradients of this step's global batch; return its mean loss."""
         counters = self.counters
         return accumulate_gradients(
             self.state.model,
-            self.batches.microbatches(counters.data_step(counters.step), counters.microbatch),
+            self.batches.microbatches(
+                counters.data_step(counters.step), counters.microbatch, self.ranks.rank, self.ranks.world
+            ),
             self._tokens_per_step(),
             self.start.precision,
             self.state.scaler,
@@ -221,8 +294,7 @@ class Trainer:
 
     def _try_memory(self) -> None:
         """Find the microbatch that fits before the first step, where nothing can be lost by failing."""
-        while isinstance(tried := run_within_memory(self._try_step), OutOfMemory):
-            self._halve_microbatch(tried.problem)
+        self._within_memory(self._try_step)
 
     def _try_step(self) -> None:
         config = self.config
@@ -234,24 +306,44 @@ class Trainer:
             config.loss_chunk_size,
         )
 
-    def _halve_microbatch(self, problem: str) -> None:
+    def _go_back_smaller(self, problem: tuple[int, str] | None) -> None:
+        """Go on from the newest checkpoint with half the microbatch: an update that did not fit left half of itself."""
+        before = self.counters
+        self._halve_microbatch(problem)
+        smaller = self.counters.microbatch
+        self._end_session()
+        self._begin()
+        self.counters.microbatch_schedule.append([self.counters.step, smaller])
+        say(
+            f"the optimizer's update of step {before.step + 1} did not fit; back at step {self.counters.step}"
+        )
+
+    def _halve_microbatch(self, problem: tuple[int, str] | None) -> None:
         """Make room: half the microbatch, twice the accumulation, the same global batch.
+
+        Args:
+            problem: (rank, what its allocator said) of the first rank that has no memory.
 
         Raises:
             UserError: the microbatch is one sample already.
         """
         counters = self.counters
+        rank, words = problem or (self.ranks.rank, "")
+        where = f" on rank {rank}" if self.ranks.world > 1 else ""
         self.state.optimizer.zero_grad(set_to_none=True)
         if counters.microbatch == 1:
             raise UserError(
-                f"out of memory at step {counters.step + 1} with one sample of {self.config.max_length} tokens; lower "
+                f"out of memory{where} at step {counters.step + 1} with one sample of {self.config.max_length} tokens; lower "
                 "--max-length or choose a smaller preset"
             )
         smaller = counters.microbatch // 2
         say(
-            f"out of memory at step {counters.step + 1}: microbatch {counters.microbatch} -> {smaller}, same global batch"
+            f"out of memory{where} at step {counters.step + 1}: microbatch {counters.microbatch} -> {smaller}, same global "
+            "batch"
         )
-        self.history.event("oom", counters.step, microbatch=[counters.microbatch, smaller], problem=problem)
+        self.history.event(
+            "oom", counters.step, microbatch=[counters.microbatch, smaller], rank=rank, problem=words
+        )
         counters.microbatch_schedule.append([counters.step, smaller])
 
     def _skipped_step(self, figures: StepFigures) -> bool:
@@ -283,10 +375,8 @@ class Trainer:
 
     def _roll_back(self, first_bad: int, count: int) -> None:
         """Go back to the newest good checkpoint (or the start) and leave out the batches that failed."""
-        self.saving.close(give_up=lambda: False)
-        self.batches.close()
-        self.history.close()
         before = self.counters
+        self._end_session()
         self._begin()
         self.counters.skipped_batches = [*before.skipped_batches, [first_bad, count]]
         self.counters.rollbacks, self.counters.skipped_steps = before.rollbacks + 1, before.skipped_steps
@@ -296,6 +386,12 @@ class Trainer:
         say(
             f"rolled back to step {self.counters.step}; the {count} batches from step {first_bad + 1} on are left out"
         )
+
+    def _end_session(self, give_up: Callable[[], bool] = lambda: False) -> None:
+        """Close what `_begin` opens; `give_up` as in `Saving.close`."""
+        self.saving.close(give_up)
+        self.batches.close()
+        self.history.close()
 
     # -- what is recorded ---------------------------------------------------------------------------------------
 
@@ -345,11 +441,11 @@ class Trainer:
         """Evaluate every language, keep the best model so far; return the figures."""
         counters = self.counters
         with self.clock.span("evaluation"):
-            result = self._evaluate_within_memory(tokens_per_language)
+            result = self.ranks.on_main(lambda: self._evaluate_within_memory(tokens_per_language))
         say(f"step {counters.step} evaluation\n{format_evaluation(result)}")
         loss = result["macro"]["loss"] if result["macro"] else None
         # best/ is not mirrored: on a new machine the best is the best since then.
-        none_yet = counters.best_loss is None or not self.directory.best.is_dir()
+        none_yet = counters.best_loss is None or not self.ranks.from_main(self.directory.best.is_dir())
         if loss is not None and math.isfinite(loss) and (none_yet or loss < counters.best_loss):
             counters.best_loss = loss
             with self.clock.span("saving"):
@@ -390,15 +486,17 @@ class Trainer:
         )
 
     def _samples(self) -> None:
+        make = functools.partial(
+            sample_texts,
+            self.state.model,
+            self.start.tokenizer,
+            self.start.dataset,
+            prompts=self.config.sample_prompts or None,
+            max_new_tokens=self.config.sample_tokens,
+            seed=self.config.seed,
+        )
         with self.clock.span("samples"):
-            texts = sample_texts(
-                self.state.model,
-                self.start.tokenizer,
-                self.start.dataset,
-                prompts=self.config.sample_prompts or None,
-                max_new_tokens=self.config.sample_tokens,
-                seed=self.config.seed,
-            )
+            texts = self.ranks.on_main(make)
         self.history.add("samples", self.counters.step, languages=texts)
         for language, samples in texts.items():
             say(
@@ -407,8 +505,8 @@ class Trainer:
 
     def _complete(self) -> TrainResult:
         """Evaluate, save and export at the last step."""
-        already = self.start.resumed_from is not None and self.start.resumed_from.step == self.start.max_steps
-        if already and self.directory.final_model.is_dir():
+        already = self.start.resumed_step == self.start.max_steps
+        if already and self.ranks.on_main(self.directory.final_model.is_dir):
             for folder in (self.directory.best, self.directory.final_model):
                 self.saving.write_json(folder)
             say(f"all {self.start.max_steps} steps are done; raise --max-steps to train on")

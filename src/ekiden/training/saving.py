@@ -23,6 +23,7 @@ from ekiden.errors import UserError
 from ekiden.export.huggingface import model_folder_files
 from ekiden.progress import say
 from ekiden.training.history import History
+from ekiden.training.ranks import Ranks
 from ekiden.training.start import Start
 from ekiden.training.state import Snapshot
 
@@ -32,22 +33,24 @@ _SECONDS_BEFORE_WORDS, _SECONDS_BETWEEN_LOOKS = 2.0, 0.2
 class Saving:
     """The saves of one session; a roll-back, which starts anew from a checkpoint, makes a new one.
 
+    Every rank calls them at the same step boundaries; the main one writes.
+
     Attributes:
         saved_step: step of the newest checkpoint written or in flight; -1: none, or the last one failed.
     """
 
-    def __init__(self, start: Start, history: History) -> None:
-        self.start, self.history = start, history
+    def __init__(self, start: Start, history: History, ranks: Ranks | None = None) -> None:
+        self.start, self.history, self.ranks = start, history, ranks or Ranks()
         self.state, self.store = start.state, start.store
         self.folder_files = model_folder_files(start.state.model, start.tokenizer)
         # A checkpoint that lies elsewhere, or was converted, is none of this run's yet.
-        resumed = start.resumed_from
-        own = isinstance(resumed, Checkpoint) and resumed.path.resolve().parent == self.store.folder.resolve()
-        self._newest: Checkpoint | None = resumed if isinstance(resumed, Checkpoint) and own else None
+        self._newest = start.resumed_from if isinstance(start.resumed_from, Checkpoint) else None
+        if self._newest and self.store and self._newest.path.resolve().parent != self.store.folder.resolve():
+            self._newest = None
         self.saved_step = self._newest.step if self._newest else -1
         self._saver = BackgroundSaver()
         self._uploader: MirrorUploader | None = None
-        if start.mirror is not None:
+        if start.mirror is not None and start.store is not None:
             extras = {name: history.path.with_name(name) for name in EXTRAS}
             self._uploader = MirrorUploader(start.mirror, extras, start.store.protected)
 
@@ -66,6 +69,9 @@ class Saving:
             UserError: a weight is not finite; such a state is never written.
         """
         step = self.state.counters.step
+        if not self.ranks.main:
+            self.saved_step = step
+            return
         if step != self.saved_step:
             self._saver.wait()
             try:
@@ -82,7 +88,8 @@ class Saving:
 
     def _writing(self, snapshot: Snapshot, loss: float | None) -> Callable[[], None]:
         """Return the work of writing `snapshot`, to be done in the background."""
-        counters = self.state.counters
+        counters, store = self.state.counters, self.store
+        assert store is not None
 
         def write(writer: CheckpointWriter) -> None:
             for name, content in self.folder_files.items():
@@ -95,7 +102,7 @@ class Saving:
             facts |= {name: snapshot.trainer["identity"][name] for name in IDENTITY}
             if loss is not None and math.isfinite(loss):
                 facts["loss"] = loss
-            self._newest = self.store.save(snapshot.step, write, facts)
+            self._newest = store.save(snapshot.step, write, facts)
             counters.save_seconds = max(counters.save_seconds, time.perf_counter() - began)
             self.upload()
 
@@ -122,6 +129,8 @@ class Saving:
 
     def write_model(self, target: Path, loss: float | None) -> None:
         """Write the weights of this step as a Hugging Face folder, replacing the one before it atomically."""
+        if not self.ranks.main:
+            return
         step = self.state.counters.step
         weights = self.state.weights()
 
@@ -143,7 +152,7 @@ class Saving:
         `best/` becomes `best_model.json`, and `final_model/` `final_model.json`.
         """
         manifest = folder / MANIFEST
-        if self.state.config.checkpoint_format != "json" or not manifest.is_file():
+        if not self.ranks.main or self.state.config.checkpoint_format != "json" or not manifest.is_file():
             return
         path = folder.with_name(folder.name.removesuffix("_model") + "_model.json")
         try:

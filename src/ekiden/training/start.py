@@ -12,7 +12,7 @@ import platform
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -23,7 +23,13 @@ from ekiden.checkpoint.store import Checkpoint, CheckpointStore, recover_folder
 from ekiden.config import TrainConfig
 from ekiden.errors import UserError
 from ekiden.modeling.build import body, build_model, parameter_counts
-from ekiden.modeling.device import Precision, configure_determinism, select_device, select_precision
+from ekiden.modeling.device import (
+    Precision,
+    available_cores,
+    configure_determinism,
+    select_device,
+    select_precision,
+)
 from ekiden.progress import human_count, say
 from ekiden.tokenizer.load import Tokenizer
 from ekiden.tokens.batches import Batches
@@ -32,8 +38,9 @@ from ekiden.tokens.mixture import Mixture, plan_mixture
 from ekiden.training.facts import session_facts
 from ekiden.training.foreign import open_any, restore_any, take_foreign
 from ekiden.training.optimizer import build_optimizer
+from ekiden.training.ranks import Ranks
 from ekiden.training.rundir import RunDirectory, default_checkpoint_budget
-from ekiden.training.state import SavedState, TrainingState, changed_settings
+from ekiden.training.state import Counters, SavedState, TrainingState, changed_settings
 from ekiden.values import parse_bytes
 
 
@@ -42,52 +49,59 @@ class Start:
     """Everything the loop needs.
 
     mirror: where checkpoints are copied to, or None. max_steps: optimizer steps of the whole run. resumed_from: the
-    checkpoint, or None for a fresh start. notes: what the start's event records.
+    checkpoint, or None for a fresh start; resumed_step: its step. notes: what the start's event records. The main rank
+    alone has store, mirror and checkpoint, and writes; all know the step.
     """
 
     state: TrainingState
     dataset: TokenDataset
     tokenizer: Tokenizer
     batches: Batches
-    store: CheckpointStore
+    store: CheckpointStore | None
     mirror: Mirror | None
     device: torch.device
     precision: Precision
     max_steps: int
     resumed_from: SavedState | None
+    resumed_step: int | None
     notes: dict[str, Any]
 
 
-def prepare(config: TrainConfig, run: RunDirectory) -> Start:
+def prepare(config: TrainConfig, run: RunDirectory, ranks: Ranks | None = None) -> Start:
     """Return the run at its next step.
 
     Raises:
         UserError: missing or changed data, a setting that may not change, no good checkpoint among damaged ones.
     """
-    threads = configure_determinism(config.num_threads or None)
-    device = select_device(config.device)
+    ranks = ranks or Ranks()
+    threads = configure_determinism(config.num_threads or max(1, available_cores() // ranks.local_world))
+    device = rank_device(config.device, ranks)
     precision = select_precision(device, config.precision)
     dataset = TokenDataset.open(config.dataset_path)
     tokenizer = dataset.tokenizer()
-    for folder in (run.best, run.final_model):
-        recover_folder(folder)
-    budget = parse_bytes(config.checkpoint_budget, "--checkpoint-budget")
-    if budget is None:
-        budget = default_checkpoint_budget(run.checkpoints)
-    store = CheckpointStore(run.checkpoints, config.max_checkpoints, budget)
     identity = {"data": dataset.fingerprint, "tokenizer": dataset.tokenizer_sha256}
-    mirror = open_mirror(config.mirror) if config.mirror else None
-    checkpoint = find_checkpoint(config, newest_own(store, run, mirror, identity))
-    saved = checkpoint.json("trainer_state.json") if checkpoint else None
-    global_batch = config.batch_size * config.gradient_accumulation_steps
+    found: list[Found] = []
+
+    def look() -> Any:
+        found.append(find_files(config, run, identity))
+        checkpoint = found[0].checkpoint
+        return [checkpoint.step, checkpoint.json("trainer_state.json")] if checkpoint else [None, None]
+
+    resumed_step, saved = ranks.on_main(look)
+    store, mirror, checkpoint = found[0] if found else Found(None, None, None)
+    global_batch = config.batch_size * config.gradient_accumulation_steps * ranks.world
     changed: dict[str, tuple[Any, Any]] = {}
     if saved:
         changed = changed_settings(saved["config"], config)
         check_data(saved["identity"], dataset, config)
         mixture = Mixture.from_dict(saved["mixture"])
-        global_batch = check_global_batch(saved["counters"]["global_batch"], config)
+        global_batch = check_global_batch(saved["counters"]["global_batch"], saved["config"], config)
     else:
         mixture = fresh_mixture(config, dataset, global_batch)
+    if global_batch < ranks.world:
+        raise UserError(
+            f"a global batch of {global_batch} samples cannot be divided among {ranks.world} ranks; start at most {global_batch}"
+        )
     model = build_model(
         config,
         vocab_size=tokenizer.vocab_size,
@@ -102,24 +116,80 @@ def prepare(config: TrainConfig, run: RunDirectory) -> Start:
         body(model).compile()
     optimizer = build_optimizer(model, config)
     scaler = torch.amp.GradScaler(device.type) if precision.use_scaler else None
-    identity["run_id"] = (saved["identity"].get("run_id") if saved else None) or uuid.uuid4().hex
-    facts = {**identity, "environment": environment(device, precision, threads, compiled)}
+    identity["run_id"] = ranks.from_main(
+        (saved["identity"].get("run_id") if saved else None) or uuid.uuid4().hex
+    )
+    facts = {**identity, "environment": environment(device, precision, threads, compiled, ranks)}
     state = TrainingState(config, model, optimizer, scaler, mixture, facts)
-    if checkpoint and saved:
-        restore_any(state, checkpoint)
+    if saved:
+        if checkpoint:
+            restore_any(state, checkpoint)
+        state.counters = Counters(**saved["counters"])
         if "batch_size" in changed:
-            state.counters.microbatch_schedule.append([checkpoint.step, config.batch_size])
+            state.counters.microbatch_schedule.append([state.counters.step, config.batch_size])
     else:
         state.counters.global_batch = global_batch
         state.counters.microbatch_schedule = [[0, config.batch_size]]
     max_steps = config.max_steps or steps_of_epochs(config, dataset, global_batch)
-    taken = None if checkpoint else take_weights(config, state, max_steps)
+    taken = None if saved else ranks.on_main(lambda: take_weights(config, state, max_steps))
+    state.share(ranks)
     notes = describe(state, max_steps, saved, changed) | ({"taken": taken} if taken else {})
     notes |= session_facts(state, device, precision)
     batches = Batches(dataset, mixture, global_batch)
     return Start(
-        state, dataset, tokenizer, batches, store, mirror, device, precision, max_steps, checkpoint, notes
+        state,
+        dataset,
+        tokenizer,
+        batches,
+        store,
+        mirror,
+        device,
+        precision,
+        max_steps,
+        checkpoint,
+        resumed_step,
+        notes,
     )
+
+
+class Found(NamedTuple):
+    """What the main rank opens: the run's store, its mirror where it has one, the checkpoint to go on from."""
+
+    store: CheckpointStore | None
+    mirror: Mirror | None
+    checkpoint: SavedState | None
+
+
+def find_files(config: TrainConfig, run: RunDirectory, identity: dict[str, Any]) -> Found:
+    """Return what lies in the run directory and the mirror, with what a killed session left mended.
+
+    Raises:
+        UserError: as `newest_own` and `find_checkpoint`.
+    """
+    for folder in (run.best, run.final_model):
+        recover_folder(folder)
+    budget = parse_bytes(config.checkpoint_budget, "--checkpoint-budget")
+    if budget is None:
+        budget = default_checkpoint_budget(run.checkpoints)
+    store = CheckpointStore(run.checkpoints, config.max_checkpoints, budget)
+    mirror = open_mirror(config.mirror) if config.mirror else None
+    return Found(store, mirror, find_checkpoint(config, newest_own(store, run, mirror, identity)))
+
+
+def rank_device(requested: str, ranks: Ranks) -> torch.device:
+    """Return this rank's device: where there are several ranks, each takes the GPU of its number on the machine.
+
+    Raises:
+        UserError: it is not there; or one device is asked for by all.
+    """
+    if ranks.world == 1:
+        return select_device(requested)
+    if requested.startswith("cuda:"):
+        raise UserError(
+            f"--device {requested} is one device for {ranks.world} ranks; give cuda, or start one process"
+        )
+    gpu = requested == "cuda" or (requested == "auto" and torch.cuda.is_available())
+    return select_device(f"cuda:{ranks.local_rank}" if gpu else "cpu")
 
 
 def newest_own(
@@ -239,22 +309,29 @@ def check_data(identity: dict[str, Any], dataset: TokenDataset, config: TrainCon
             )
 
 
-def check_global_batch(began_with: int, config: TrainConfig) -> int:
-    """Return the run's global batch after checking that the settings still make it.
+def check_global_batch(began_with: int, saved: dict[str, Any], config: TrainConfig) -> int:
+    """Return the run's global batch after checking that the settings still make it, with as many ranks as it began with.
+
+    How many train now does not matter: fewer of them accumulate more microbatches, and more of them fewer.
 
     Raises:
         UserError: they do not.
     """
-    now = config.batch_size * config.gradient_accumulation_steps
+    ranks_then = began_with // (saved["batch_size"] * saved["gradient_accumulation_steps"])
+    now = config.batch_size * config.gradient_accumulation_steps * ranks_then
     if now != began_with:
+        ranks = f" x {ranks_then} ranks it began with" if ranks_then > 1 else ""
         raise UserError(
-            f"--batch-size {config.batch_size} x --gradient-accumulation-steps {config.gradient_accumulation_steps} is a "
-            f"global batch of {now} samples, but this run began with {began_with}; give values whose product is {began_with}"
+            f"--batch-size {config.batch_size} x --gradient-accumulation-steps {config.gradient_accumulation_steps}{ranks} "
+            f"is a global batch of {now} samples, but this run began with {began_with}; give values whose product is "
+            f"{began_with // ranks_then}"
         )
     return now
 
 
-def environment(device: torch.device, precision: Precision, threads: int, compiled: bool) -> dict[str, Any]:
+def environment(
+    device: torch.device, precision: Precision, threads: int, compiled: bool, ranks: Ranks
+) -> dict[str, Any]:
     """Return what has to be equal for a resumed run to be bit-identical (on a CPU the thread count orders the sums)."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     facts = {
@@ -265,6 +342,7 @@ def environment(device: torch.device, precision: Precision, threads: int, compil
         "transformers": transformers.__version__,
         "ekiden": ekiden.__version__,
     }
+    facts |= {"ranks": ranks.world} if ranks.world > 1 else {}
     return facts | ({"threads": threads} if device.type == "cpu" else {})
 
 

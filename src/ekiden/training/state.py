@@ -22,6 +22,7 @@ from ekiden.checkpoint.store import CheckpointWriter
 from ekiden.config import RESUME_FREE, TrainConfig
 from ekiden.errors import UserError
 from ekiden.tokens.mixture import Mixture
+from ekiden.training.ranks import Ranks
 
 TensorDict = dict[str, torch.Tensor]
 
@@ -182,6 +183,37 @@ class TrainingState:
         if self.scaler is not None and trainer["scaler"]:
             self.scaler.load_state_dict(trainer["scaler"])
         self.counters = Counters(**trainer["counters"])
+
+    def share(self, ranks: Ranks) -> None:
+        """Make this state the main rank's, on all: one rank reads a checkpoint, and no disk need be shared."""
+        if ranks.world == 1:
+            return
+        parameters = dict(self.model.named_parameters())
+        for parameter in parameters.values():
+            ranks.copy_from_main(parameter.data)
+        facts = {
+            "counters": dataclasses.asdict(self.counters),
+            "scaler": self.scaler.state_dict() if self.scaler is not None else None,
+            "moments": {
+                name: {
+                    key: [list(value.shape), str(value.dtype).removeprefix("torch.")]
+                    for key, value in self.optimizer.state.get(parameter, {}).items()
+                }
+                for name, parameter in parameters.items()
+            },
+        }
+        facts = ranks.from_main(facts)
+        for name, moments in facts["moments"].items():
+            held = self.optimizer.state[parameters[name]] if moments else {}
+            for key, (shape, dtype) in moments.items():
+                if not ranks.main:
+                    held[key] = torch.empty(
+                        shape, dtype=getattr(torch, dtype), device=parameters[name].device
+                    )
+                ranks.copy_from_main(held[key])
+        if self.scaler is not None and facts["scaler"]:
+            self.scaler.load_state_dict(facts["scaler"])
+        self.counters = Counters(**facts["counters"])
 
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:

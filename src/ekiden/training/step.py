@@ -20,6 +20,8 @@ from ekiden.training.optimizer import set_learning_rate
 
 fault_hook: Callable[[int, str], None] | None = None
 """Called with (microbatch index, 'forward' | 'backward') before each; tests raise from it what a device would."""
+update_fault_hook: Callable[[], None] | None = None
+"""Called before the optimizer's step, for the same."""
 
 
 @dataclass
@@ -102,6 +104,8 @@ def apply_update(
         torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, grad_norm)
     skipped = (~(torch.isfinite(loss) & torch.isfinite(grad_norm))).float()
     set_learning_rate(optimizer, learning_rate)
+    if update_fault_hook:
+        update_fault_hook()
     # torch's own protocol between GradScaler and fused optimizers; used for every precision.
     optimizer.grad_scale, optimizer.found_inf = None, skipped  # type: ignore[attr-defined]
     optimizer.step()
