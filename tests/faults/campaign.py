@@ -246,7 +246,9 @@ def campaign(
                 went_wrong += suffered[-1:]
             if done.status is not None:
                 break
-            after, then_on_mirror = acknowledged(run), mirrored(mirror)
+            then_on_mirror = mirrored(mirror)
+            # Killed before it was fetched onto an empty machine, the mirror's is the newest still.
+            after = max(acknowledged(run), then_on_mirror)
             rows[kind]["tries"] += 1
             rows[kind]["data_lost"] += after < before or then_on_mirror < on_mirror
             suffered.append(kind)
