@@ -127,9 +127,44 @@ def test_scaled_initialization_of_gemma():
     assert head_weight(built)[1:].std().item() == pytest.approx(1 / 8, rel=0.05)
 
 
-def test_scaled_initialization_leaves_gpt2_as_it_is():
-    plain, scaled = model("gpt2-10m"), model("gpt2-10m", initialization="scaled")
-    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), scaled.parameters()))
+def test_scaled_initialization_of_gpt2():
+    built = model("gpt2-10m", initialization="scaled", hidden_size=64, intermediate_size=256)
+    for name, weight in body(built).h.named_parameters():
+        if name.endswith("c_proj.weight"):
+            assert not weight.any()
+        elif weight.dim() == 2:
+            assert weight.std().item() == pytest.approx(1 / 8, rel=0.05)
+    assert head_weight(built).std().item() == pytest.approx(1 / 8, rel=0.05)
+    # Every block begins as the identity: what comes out is the embedding, normalised.
+    ids = torch.arange(16).unsqueeze(0)
+    with torch.no_grad():
+        start = head_weight(built)[ids] + body(built).wpe.weight[:16]
+        expected = torch.nn.functional.layer_norm(start, (64,))
+        assert torch.allclose(hidden_states(built, ids), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("preset", FAMILIES)
+@pytest.mark.parametrize("width", [32, 256])
+def test_scaled_initialization_keeps_the_stream_at_one_size_at_every_width(preset, width):
+    """RMS at the last norm's input, as each family sees it: about 1 for Gemma 3, 1/sqrt(width) for GPT-2."""
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 1 if preset[1] == "e" else 4}
+    built = model(
+        preset,
+        initialization="scaled",
+        hidden_size=width,
+        intermediate_size=2 * width,
+        head_dim=width // 4,
+        **heads,
+    )
+    seen = []
+    norm = body(built).norm if hasattr(body(built), "norm") else body(built).ln_f
+    norm.register_forward_pre_hook(
+        lambda module, inputs: seen.append(inputs[0].square().mean().sqrt().item())
+    )
+    with torch.no_grad():
+        hidden_states(built, torch.arange(4, 20).unsqueeze(0))
+    size = 1.0 if preset.startswith("gemma3") else (1 / width + 0.02**2) ** 0.5
+    assert 0.8 * size < seen[0] < 1.7 * size
 
 
 @pytest.mark.parametrize("preset", FAMILIES)

@@ -89,25 +89,35 @@ def build_model(
         torch.manual_seed(seed)
         family: Any = GPT2LMHeadModel if config.model_type == "gpt2" else Gemma3ForCausalLM
         model: PreTrainedModel = family(settings)
-        if config.initialization == "scaled" and config.model_type == "gemma3":
+        if config.initialization == "scaled":
             quieten_residual_branches(model, pad_id)
     return model.float().train()
 
 
 @torch.no_grad()
 def quieten_residual_branches(model: PreTrainedModel, pad_id: int | None) -> None:
-    """Start Gemma 3 with post-norm gains of 1/sqrt(2L) and embeddings of standard deviation 1/sqrt(d).
+    """Start every block quiet beside the residual stream, and the embedding at standard deviation 1/sqrt(width).
 
-    Gemma 3's post-norms make every sublayer add a vector of RMS 1 whatever its weights are, so GPT-2's scaling of the
-    output projections (Radford et al. 2019) does nothing there; the gain of the post-norm is its equivalent. The
-    embedding is multiplied by sqrt(d), so 1/sqrt(d) gives the stream RMS 1.
+    Gemma 3: post-norm gains of 1/sqrt(2L). Its post-norms make every sublayer add a vector of RMS 1 whatever its
+    weights are, so GPT-2's scaling of the output projections (Radford et al. 2019) does nothing there; the gain of
+    the post-norm is its equivalent. The embedding is multiplied by sqrt(width), which gives the stream RMS 1.
+
+    GPT-2: matrices of standard deviation 1/sqrt(inputs), so that a unit vector stays one at any width, and output
+    projections of zero, so that every block begins as the identity (Yang et al. 2022, arXiv:2203.03466, D.2).
     """
-    layers = body(model).layers
+    decoder, embedding = body(model), head_weight(model)
+    embedding.normal_(0.0, 1 / math.sqrt(embedding.shape[1]))
+    if isinstance(model, GPT2LMHeadModel):
+        for name, weight in decoder.h.named_parameters():  # type: ignore[union-attr]
+            if name.endswith("c_proj.weight"):
+                weight.zero_()
+            elif weight.dim() == 2:  # [in, out]
+                weight.normal_(0.0, 1 / math.sqrt(weight.shape[0]))
+        return
+    layers = decoder.layers
     for layer in layers:  # type: ignore[union-attr]
         for norm in (layer.post_attention_layernorm, layer.post_feedforward_layernorm):
             norm.weight.fill_(1 / math.sqrt(2 * len(layers)) - 1)  # type: ignore[arg-type]
-    embedding = head_weight(model)
-    embedding.normal_(0.0, 1 / math.sqrt(embedding.shape[1]))
     if pad_id is not None:
         embedding[pad_id].zero_()
 
