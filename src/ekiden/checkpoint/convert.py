@@ -115,7 +115,7 @@ def convert_checkpoint(
     if weights_only:
         tree, left_out = _weights_only(source, tree)
     tensors = check_tree(tree, str(source))
-    _write(target, tree, readable)
+    left_out += _write(target, tree, readable)
     return Conversion(
         target,
         len(tensors),
@@ -154,7 +154,8 @@ def _weights_only(source: Path, tree: Any) -> tuple[Any, list[str]]:
     return kept, drop
 
 
-def _write(target: Path, tree: Any, readable: bool) -> None:
+def _write(target: Path, tree: Any, readable: bool) -> list[str]:
+    """Write `tree`; return the keys of values that a folder of weights has no place for."""
     if target.suffix == ".json":
         write_json(target, tree, readable)
     elif target.suffix in (".pt", ".pth"):
@@ -163,27 +164,26 @@ def _write(target: Path, tree: Any, readable: bool) -> None:
         write_checkpoint_folder(target, tree)
     else:
         weights, rest = _bare_weights(tree)
-        if rest:
+        large = [key for key, value in rest.items() if isinstance(value, (dict, list, LazyTensor))]
+        if large:
             raise UserError(
-                f"a folder would keep the weights alone and lose {', '.join(rest[:6])}; convert to .json, or add "
+                f"a folder would keep the weights alone and lose {', '.join(large[:6])}; convert to .json, or add "
                 "--weights-only and give a file with nothing but weights"
             )
         write_weights_folder(target, weights)
+        return list(rest)
+    return []
 
 
-def _bare_weights(tree: Any) -> tuple[dict[str, LazyTensor], list[str]]:
+def _bare_weights(tree: Any) -> tuple[dict[str, LazyTensor], dict[str, Any]]:
     """Return the weights of a checkpoint that was no folder, and what there is beside them."""
     if isinstance(tree, dict) and tree and all(isinstance(value, LazyTensor) for value in tree.values()):
-        return {str(name): tensor for name, tensor in tree.items()}, []
+        return {str(name): tensor for name, tensor in tree.items()}, {}
     if isinstance(tree, dict):
         for key in ("model_state_dict", "model", "state_dict"):
             if isinstance(tree.get(key), dict):
                 weights, rest = _bare_weights(tree[key])
-                return weights, rest + [
-                    str(other)
-                    for other, value in tree.items()
-                    if other != key and isinstance(value, (dict, list, LazyTensor))
-                ]
+                return weights, rest | {str(other): value for other, value in tree.items() if other != key}
     raise UserError("no weights were found to write as a folder; convert to .json or .pt instead")
 
 
@@ -208,6 +208,8 @@ def _test_load(target: Path, tree: Any) -> int:
         found = torch.load(target, map_location="cpu", mmap=True, weights_only=True)
     else:
         found = open_tree(target)
+        if is_folder_tree(found) and not is_folder_tree(tree):
+            tree, found = _bare_weights(tree)[0], found["model_state_dict"]
     return compare(tree, found)
 
 

@@ -3,6 +3,8 @@ verified.
 
 `store` numbers and bounds such folders as checkpoints; `best/` and `final_model/` are single ones, replaced
 in place.
+
+torch is imported where tensors are read or written: a conversion, which needs none, should not take its 200 MB.
 """
 
 from __future__ import annotations
@@ -13,9 +15,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from ekiden.checkpoint import files
 from ekiden.checkpoint.header import read_header
@@ -31,8 +31,10 @@ from ekiden.checkpoint.manifest import (
     verify_folder,
 )
 from ekiden.checkpoint.strict_json import parse_json
-from ekiden.checkpoint.tensors import read_tensors, write_tensors
 from ekiden.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 MAX_JSON_BYTES = 64 << 20
 
@@ -55,6 +57,8 @@ class CheckpointWriter:
         self, filename: str, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str] | None = None
     ) -> None:
         """Write tensors as a safetensors file."""
+        from ekiden.checkpoint.tensors import write_tensors
+
         check_name(filename)
         self.records[filename] = write_tensors(self.folder / filename, tensors, metadata)
 
@@ -115,6 +119,8 @@ class Checkpoint:
         Raises:
             UserError: there is no such file among the verified ones, or it can no longer be read.
         """
+        from ekiden.checkpoint.tensors import read_tensors
+
         return self._read(filename, read_tensors)
 
     def json(self, filename: str) -> Any:

@@ -12,25 +12,30 @@ The tree of a folder, which `.json` and `.pt` files made from it hold, is a dict
 
 from __future__ import annotations
 
+import itertools
 import os
 import struct
-from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ekiden.checkpoint import files
-from ekiden.checkpoint.header import METADATA, read_header
+from ekiden.checkpoint.header import METADATA, TensorInfo, encode_header, layout, read_header
 from ekiden.checkpoint.lazy import DTYPES, LazyTensor, check_tree, read_range
 from ekiden.checkpoint.manifest import NAME as MANIFEST
-from ekiden.checkpoint.manifest import Damaged, check_name, verify_folder
+from ekiden.checkpoint.manifest import (
+    Damaged,
+    FileRecord,
+    Hashes,
+    check_name,
+    describe_tensors,
+    verify_folder,
+)
 from ekiden.checkpoint.strict_json import parse_json
 from ekiden.errors import UserError
 from ekiden.progress import say
 
 if TYPE_CHECKING:
-    import torch
-
     from ekiden.checkpoint.folder import CheckpointWriter
 
 VERSION = 1
@@ -68,7 +73,10 @@ def read_folder(path: Path, weights_only: bool = False) -> dict[str, Any]:
         if (path / MANIFEST).is_file():
             manifest = verify_folder(path)
             names = sorted(manifest.files)
-            facts["run"], tree["step"] = manifest.run, manifest.step
+            facts["run"] = manifest.run
+            # A Hugging Face folder that was converted and came back has a manifest, and no step.
+            if manifest.step or _STATE_FILES[0] in names:
+                tree["step"] = manifest.step
         else:
             names = _plain_names(path)
         tensors = {name: _tensors(path, name, facts) for name in names if name.endswith(_SUFFIX)}
@@ -152,7 +160,8 @@ def write_checkpoint_folder(path: Path, tree: dict[str, Any]) -> None:
     def write(writer: CheckpointWriter) -> None:
         for name, content in contents.items():
             if isinstance(content, dict):
-                writer.tensors(name, _OneAtATime(content), facts["metadata"].get(name) or None)
+                metadata = facts["metadata"].get(name) or None
+                writer.records[name] = _write_tensors(writer.folder / name, content, metadata)
             else:
                 writer.bytes(name, content.encode() if isinstance(content, str) else content)
 
@@ -183,6 +192,11 @@ def _checked_tree(tree: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]
         contents: dict[str, Any] = {**held, **others, **texts}
         for name in contents:
             check_name(name)
+        if len(contents) != len(held) + len(others) + len(texts):
+            raise _misshapen()
+        for metadata in facts["metadata"].values():
+            if not all(isinstance(text, str) for text in metadata.values()):
+                raise _misshapen()
     except (Damaged, KeyError, TypeError, AttributeError):
         raise _misshapen() from None
     for name, content in contents.items():
@@ -201,7 +215,7 @@ def _misshapen() -> UserError:
 
 def _check_tensors(tensors: dict[str, Any]) -> None:
     for name, tensor in tensors.items():
-        if not isinstance(name, str) or not isinstance(tensor, LazyTensor):
+        if not isinstance(name, str) or name == METADATA or not isinstance(tensor, LazyTensor):
             raise _misshapen()
         if DTYPES[tensor.dtype].code is None:
             raise UserError(
@@ -221,31 +235,16 @@ def write_weights_folder(path: Path, weights: dict[str, LazyTensor]) -> None:
     write_checkpoint_folder(path, {"model_state_dict": weights, FACTS: facts})
 
 
-class _OneAtATime(Mapping[str, "torch.Tensor"]):
-    """Lazy tensors as a mapping of real ones: `items` tells type and shape, an item loads its elements.
-
-    Only the last one loaded is kept.
-    """
-
-    def __init__(self, tensors: dict[str, LazyTensor]) -> None:
-        self.tensors = tensors
-        self.last: tuple[str, torch.Tensor] | None = None
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.tensors)
-
-    def __len__(self) -> int:
-        return len(self.tensors)
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        if self.last is None or self.last[0] != name:
-            self.last = None
-            self.last = (name, self.tensors[name].load().detach())
-        return self.last[1]
-
-    def items(self) -> Any:
-        """Yield names and empty tensors of the right type and shape."""
-        import torch
-
-        for name, tensor in self.tensors.items():
-            yield name, torch.empty(tensor.shape, dtype=getattr(torch, tensor.dtype), device="meta")
+def _write_tensors(path: Path, tensors: dict[str, LazyTensor], metadata: dict[str, str] | None) -> FileRecord:
+    """Write the safetensors file that `tensors.write_tensors` would, from lazy tensors, a piece at a time."""
+    infos = {
+        name: TensorInfo(str(DTYPES[tensor.dtype].code), tensor.shape) for name, tensor in tensors.items()
+    }
+    hashes = Hashes()
+    with files.DurableFile(path) as file:
+        header = encode_header(infos, metadata)
+        pieces = (piece for name in layout(infos) for piece in tensors[name].read())
+        for piece in itertools.chain([header], pieces):
+            hashes.update(piece)
+            file.write(piece)
+    return hashes.record(describe_tensors(infos))

@@ -38,7 +38,7 @@ def parse_json(data: bytes, name: str, allow_nan: bool = False) -> Any:
     try:
         _check_depth(data)
         return json.loads(
-            data,
+            data.decode("utf-8-sig"),  # of bytes it would take UTF-16 too
             parse_constant=float if allow_nan else _refuse_constant,
             parse_float=_finite,
             parse_int=_bounded,
