@@ -57,3 +57,6 @@ notebooks: $(READY)  ## write the kept Kaggle notebooks anew
 
 test-kaggle: $(READY)  ## ten legs with every fault, 50 kills of the relay, both notebooks without a network
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow tests/kaggle
+
+test-image: $(READY)  ## the suite and one leg under the versions of Kaggle's images (8 GB each, downloaded)
+	$(BIN)/python tests/image/run.py --folder $(or $(IMAGES),/tmp/ekiden-images)

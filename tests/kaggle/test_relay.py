@@ -94,6 +94,7 @@ def test_five_legs_with_faults_are_one_run(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_ten_legs_with_every_fault_are_one_run(
     start: Callable[..., RelayState], ready: StandIn, reference: Outcome, tmp_path: Path
 ) -> None:

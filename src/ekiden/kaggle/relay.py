@@ -360,6 +360,7 @@ class Relay:
         if checkpoint.get("step", 0) > before or status == "completed":
             good = {"ref": ref, "leg": attempt.leg, "tokens": verdict["tokens"], **checkpoint}
             self.state.good = [*self.state.good, good][-GOOD_KEPT:]
+            attempt.progress = True
         self.state.completed = status == "completed"
         self._end(attempt, status, attempt.reason or str(verdict.get("reason")))
 

@@ -48,7 +48,8 @@ class Attempt:
 
     leg: number of the leg, counted by progress; a leg that is lost is pushed again under its number. nonce: stands in
     the pushed source and in the verdict. source: the entry of `good` that it goes on from. tried: a push was begun, so
-    it may have happened. state: pushing, running or ended. outcome: the verdict's status, or lost, stuck.
+    it may have happened. state: pushing, running or ended. outcome: the verdict's status, or lost, stuck. progress: its
+    output became one that a leg can start from.
     """
 
     leg: int
@@ -61,6 +62,7 @@ class Attempt:
     pushed: str = ""
     ended: str = ""
     outcome: str = ""
+    progress: bool = False
     reason: str = ""
     verdict: dict[str, Any] = field(default_factory=dict)
 
@@ -87,8 +89,9 @@ class RelayState:
     @property
     def fruitless(self) -> list[Attempt]:
         """The sessions that ended since the last progress."""
-        newest = self.good[-1]["leg"] if self.good else 0
-        return [a for a in self.attempts if a.state == "ended" and a.leg > newest]
+        ended = [attempt for attempt in self.attempts if attempt.state == "ended"]
+        last = max((number for number, attempt in enumerate(ended, 1) if attempt.progress), default=0)
+        return ended[last:]
 
     def ref(self, slug: str) -> str:
         """Return owner/slug of one of the relay's scripts."""

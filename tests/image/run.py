@@ -1,0 +1,126 @@
+"""The suite and one leg of a relay in environments with the versions of Kaggle's images, nothing of which is replaced.
+
+    python tests/image/run.py --folder /tmp/images [--image torch-2.10] [--tests tests/training tests/kaggle]
+
+Each environment weighs about 8 GB (PyPI's torch brings CUDA's libraries along; it runs on a CPU too) and is kept in
+`--folder`. Ekiden is installed as Kaggle would get it: its wheel without dependencies, and of these only what the image
+lacks. Whatever of the image has another version afterwards is a failure. The last line printed is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+SHARED = "click filelock fsspec orjson packaging psutil pyyaml requests tqdm xxhash zstandard"
+IMAGES = {
+    # googlecolab/backend-info, pip-freeze.gpu.txt of 2026-05-14: Kaggle's image v170.
+    "torch-2.10": "torch==2.10.0 transformers==5.0.0 tokenizers==0.22.2 numpy==2.0.2 pyarrow==18.1.0 safetensors==0.7.0 "
+    "sentencepiece==0.2.1 huggingface_hub==1.11.0 protobuf==5.29.5 hf-xet==1.4.3",
+    # The same of 2026-08-19: what came after it.
+    "torch-2.11": "torch==2.11.0 transformers==5.15.0 tokenizers==0.22.2 numpy==2.1.3 pyarrow==18.1.0 safetensors==0.8.0 "
+    "sentencepiece==0.2.2 huggingface_hub==1.27.0 protobuf==5.29.5 hf-xet==1.6.0",
+}
+TOOLS = "pytest pytest-timeout hypothesis pytest-xdist"
+
+
+def frozen(python: Path) -> dict[str, str]:
+    """Return the version of every installed distribution, by name."""
+    listed = subprocess.run(
+        [python, "-m", "pip", "freeze", "--all"], capture_output=True, text=True, check=True
+    ).stdout
+    pairs = (line.split("==", 1) for line in listed.splitlines() if "==" in line)
+    return {name.lower().replace("_", "-"): version for name, version in pairs}
+
+
+def make_image(folder: Path, pins: str, interpreter: str) -> Path:
+    """Create an environment with an image's versions; return its python. One that is there is taken as it is."""
+    python = folder / "bin" / "python"
+    if not (folder / ".ready").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        subprocess.run([interpreter, "-m", "venv", folder], check=True)
+        install = [python, "-m", "pip", "install", "--quiet", "--no-cache-dir"]
+        subprocess.run([*install, *pins.split(), *SHARED.split()], check=True)
+        (folder / ".ready").touch()
+    return python
+
+
+def install_ekiden(python: Path) -> list[str]:
+    """Install the wheel and what the image lacks of its dependencies; return what was installed beside it."""
+    with tempfile.TemporaryDirectory() as name:
+        build = [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "--quiet",
+            "--no-deps",
+            "--no-build-isolation",
+            "-w",
+            name,
+            ".",
+        ]
+        subprocess.run(build, cwd=ROOT, check=True)
+        wheel = next(Path(name).glob("ekiden-*.whl"))
+        install = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--force-reinstall"]
+        subprocess.run([*install, wheel], check=True)
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    listed = re.search(r"(?ms)^dependencies = \[(.*?)^\]", project)
+    assert listed
+    names = [re.split(r"[<>=!~]", item)[0].lower() for item in re.findall(r'"(.*?)"', listed[1])]
+    missing = [name for name in names if name.replace("_", "-") not in frozen(python)]
+    if missing:
+        subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", *missing], check=True)
+    return missing
+
+
+def run_tests(python: Path, tests: list[str]) -> dict[str, int]:
+    """Run tests with an image's python; return how many passed, failed and were skipped."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTHONPATH", None)
+    command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "2", *tests]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    print(done.stdout[-6000:])
+    counts = {kind: int(n) for n, kind in re.findall(r"(\d+) (passed|failed|errors?|skipped)", done.stdout)}
+    return {"status": done.returncode, **counts}
+
+
+def main() -> None:
+    """Go through the images."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "ekiden-images")
+    parser.add_argument("--image", action="append", choices=sorted(IMAGES), help="default: all")
+    parser.add_argument("--python", default=sys.executable, help="the images have 3.12 and 3.13")
+    parser.add_argument("--tests", nargs="*", default=["tests"])
+    options = parser.parse_args()
+    rows = []
+    for name in options.image or sorted(IMAGES):
+        python = make_image(options.folder / name, IMAGES[name], options.python)
+        before = frozen(python)
+        added = install_ekiden(python)
+        after = frozen(python)
+        replaced = sorted(key for key in before if key != "ekiden" and after.get(key) != before[key])
+        subprocess.run([python, "-m", "pip", "install", "--quiet", *TOOLS.split()], check=True)
+        replaced += sorted(
+            key for key in before if key != "ekiden" and frozen(python).get(key) != before[key]
+        )
+        suite = run_tests(python, ["-m", "not slow and not gpu", *options.tests])
+        leg = run_tests(python, ["-m", "slow", "tests/kaggle/test_leg.py"])
+        rows.append({"image": name, "installed": added, "replaced": replaced, "suite": suite, "leg": leg})
+    passed = all(not row["replaced"] and row["suite"]["status"] == row["leg"]["status"] == 0 for row in rows)
+    print(json.dumps({"images": rows, "passed": passed}))
+    sys.exit(not passed)
+
+
+if __name__ == "__main__":
+    main()
