@@ -93,18 +93,18 @@ def test_bytes_are_those_of_the_text_of_the_test_split(folder):
 def test_a_model_with_another_tokenizer_is_refused(folder):
     dataset = TokenDataset.open(folder / "shards")
     with pytest.raises(UserError, match="another tokenizer"):
-        check_tokenizer(load_tokenizer(folder / "other.model"), Path("model"), dataset, "shards")
+        check_tokenizer(load_tokenizer(folder / "other.model"), Path("model"), dataset)
     same_size = load_tokenizer(folder / "unigram.model")
     assert same_size.vocab_size == dataset.vocab_size
     with pytest.raises(UserError, match="another tokenizer"):
-        check_tokenizer(same_size, Path("model"), dataset, "shards")
+        check_tokenizer(same_size, Path("model"), dataset)
 
 
 def test_a_tokenizer_in_another_file_with_the_same_ids_is_accepted(folder):
     dataset = TokenDataset.open(folder / "shards")
     converted = load_tokenizer(folder / "model" / "tokenizer.json")
     assert converted.sha256 != dataset.tokenizer_sha256
-    check_tokenizer(converted, Path("model"), dataset, "shards")
+    check_tokenizer(converted, Path("model"), dataset)
 
 
 @pytest.mark.parametrize("missing", ["model", "shards"])

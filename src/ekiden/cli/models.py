@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import click
@@ -11,25 +10,38 @@ from ekiden.cli.common import CONTEXT
 
 
 @click.command(context_settings=CONTEXT)
-@click.argument("model")
-@click.option("--dataset-path", required=True, help="Folder of token shards.")
+@click.argument("models", nargs=-1, required=True, metavar="MODEL...")
+@click.option("--dataset-path", help="Folder of token shards, for the loss.")
 @click.option(
     "--max-tokens", type=int, help="Tokens of each language's test split to evaluate. Default: all."
 )
-@click.option("--batch-size", type=int, default=8, show_default=True, help="Samples evaluated at a time.")
+@click.option(
+    "--harness",
+    metavar="TASKS",
+    help="Tasks of lm-evaluation-harness, by name or YAML file, separated by commas; needs 'ekiden[harness]'.",
+)
+@click.option("--harness-limit", type=int, help="Questions of each task at most. Default: all.")
+@click.option("--harness-fewshot", type=int, help="Solved examples before a question. Default: the task's.")
+@click.option(
+    "--batch-size", type=int, default=8, show_default=True, help="Samples or questions evaluated at a time."
+)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-def evaluate(model: str, dataset_path: str, as_json: bool, **options: Any) -> None:
-    """Loss (nats a token), perplexity and bits per byte of MODEL, per language.
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print a JSON object a line and model instead of a table."
+)
+@click.option("--output", help="File that takes what would be printed.")
+def evaluate(models: tuple[str, ...], **options: Any) -> None:
+    """Loss (nats a token), perplexity and bits per byte of each MODEL, per language; scores on tasks.
 
-    MODEL is a run directory, a checkpoint or a Hugging Face folder.
+    MODEL is a run directory, a checkpoint or a Hugging Face folder. Several are compared in one table.
 
     Example: ekiden evaluate run --dataset-path shards
-    """
-    from ekiden.evaluation.loss import evaluate_model, format_evaluation
 
-    result = evaluate_model(model, dataset_path, **options)
-    click.echo(json.dumps(result) if as_json else format_evaluation(result))
+    Example: ekiden evaluate run/checkpoints/step-* --dataset-path shards --harness arc_easy --output table.txt
+    """
+    from ekiden.evaluation.comparison import run_evaluate
+
+    run_evaluate(models, **options)
 
 
 @click.command(context_settings=CONTEXT)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from ekiden.errors import UserError
-from ekiden.export.load import load_model
+from ekiden.export.load import LoadedModel, load_model
 from ekiden.modeling.build import head_weight, hidden_states
 from ekiden.modeling.device import Precision, select_precision
 from ekiden.modeling.loss import IGNORE, chunked_cross_entropy
@@ -213,9 +213,18 @@ def evaluate_model(
     Raises:
         UserError: model or shards are missing, or do not belong together.
     """
-    loaded = load_model(model, device)
-    dataset = TokenDataset.open(dataset_path)
-    check_tokenizer(loaded.tokenizer, loaded.path, dataset, dataset_path)
+    return evaluate_loaded(load_model(model, device), TokenDataset.open(dataset_path), max_tokens, batch_size)
+
+
+def evaluate_loaded(
+    loaded: LoadedModel, dataset: TokenDataset, max_tokens: int | None = None, batch_size: int = 8
+) -> dict[str, Any]:
+    """Return what `evaluate_model` returns, for a model and shards that are open.
+
+    Raises:
+        UserError: they do not belong together.
+    """
+    check_tokenizer(loaded.tokenizer, loaded.path, dataset)
     result = evaluate(
         loaded.model,
         dataset,
@@ -229,9 +238,7 @@ def evaluate_model(
     return result
 
 
-def check_tokenizer(
-    tokenizer: Tokenizer, model: Path, dataset: TokenDataset, dataset_path: str | Path
-) -> None:
+def check_tokenizer(tokenizer: Tokenizer, model: Path, dataset: TokenDataset) -> None:
     """Refuse shards whose ids mean other pieces than the model's.
 
     Files may differ and the ids be the same (a SentencePiece model and its conversion), so text decides: most of
@@ -254,7 +261,7 @@ def check_tokenizer(
     same = sum(np.array_equal(found, expected) for found, expected in pairs)
     if tokenizer.vocab_size != of_shards.vocab_size or 2 * same < len(texts):
         raise UserError(
-            f"--dataset-path {dataset_path} was made with another tokenizer than {model} was trained with; "
+            f"--dataset-path {dataset.path} was made with another tokenizer than {model} was trained with; "
             f"preprocess the text with --tokenizer {model}"
         )
 

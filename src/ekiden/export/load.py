@@ -7,7 +7,7 @@ code that lies beside a model is run.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ekiden.checkpoint.manifest import NAME as MANIFEST
 from ekiden.checkpoint.manifest import Damaged, read_manifest, verify_folder
-from ekiden.errors import UserError
+from ekiden.errors import UserError, nearest
 from ekiden.modeling.device import select_device
 from ekiden.progress import say
 from ekiden.tokenizer.load import Tokenizer, load_tokenizer
@@ -62,6 +62,23 @@ def load_model(
         )
     model.to(target)  # type: ignore[arg-type]
     return LoadedModel(model.eval(), loaded, folder, _step(folder))
+
+
+def check_models(models: Sequence[str]) -> None:
+    """Refuse a MODEL that is not there before hours are spent on the others.
+
+    Raises:
+        UserError: with the nearest name in the same folder.
+    """
+    for name in models:
+        path = Path(name)
+        if path.is_dir():
+            continue
+        siblings = sorted(p.name for p in path.parent.iterdir() if p.is_dir()) if path.parent.is_dir() else []
+        raise UserError(
+            f"{name} {'is a file' if path.is_file() else 'does not exist'}{nearest(path.name, siblings)}; give a run "
+            "directory, a checkpoint or a Hugging Face folder"
+        )
 
 
 def find_model(path: Path) -> Path:

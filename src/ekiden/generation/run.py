@@ -9,12 +9,11 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from ekiden.checkpoint.files import reason, write_atomic
-from ekiden.errors import UsageError, UserError, nearest
-from ekiden.export.load import LoadedModel, load_model
+from ekiden.errors import UsageError
+from ekiden.export.load import LoadedModel, check_models, load_model
+from ekiden.export.printed import check_output, emit
 from ekiden.generation.batch import BATCH_SIZE, Continuation, continue_prompts, devices_for
 from ekiden.generation.benchmark import (
     BATCH_SIZES,
@@ -77,7 +76,7 @@ def run_generate(
         raise UsageError(
             "there is nothing to continue; give --prompt TEXT, --prompt-file FILE or --interactive"
         )
-    check_paths(models)
+    check_models(models)
     if interactive:
         loaded = _load(models[0], device)
         with line_history():
@@ -91,7 +90,7 @@ def run_generate(
     else:
         check_output(output)
         written = [_continue_all(name, found, sampling, batch_size, device) for name in models]
-        _emit(json_lines(found, written, sampling.seed) if as_json else side_by_side(found, written), output)
+        emit(json_lines(found, written, sampling.seed) if as_json else side_by_side(found, written), output)
 
 
 def run_benchmark(
@@ -119,42 +118,11 @@ def run_benchmark(
     sampling = Sampling(**{"max_new_tokens": NEW_TOKENS, **given})
     sizes = _numbers("--benchmark-batch-sizes", batch_sizes) or BATCH_SIZES
     lengths = _numbers("--benchmark-prompt-lengths", prompt_lengths) or PROMPT_LENGTHS
-    check_paths(models)
+    check_models(models)
     check_output(output)
     results = [benchmark_generation(_load(name, device), sampling, sizes, lengths) for name in models]
     tables = [] if as_json else [format_benchmark(result) + "\n" for result in results]
-    _emit("\n".join([*tables, json.dumps({"benchmark": results}) + "\n"]), output)
-
-
-def check_paths(models: list[str]) -> None:
-    """Refuse a MODEL that is not there before hours are spent on the others.
-
-    Raises:
-        UserError: with the nearest name in the same folder.
-    """
-    for name in models:
-        path = Path(name)
-        if path.is_dir():
-            continue
-        siblings = sorted(p.name for p in path.parent.iterdir() if p.is_dir()) if path.parent.is_dir() else []
-        raise UserError(
-            f"{name} {'is a file' if path.is_file() else 'does not exist'}{nearest(path.name, siblings)}; give a run "
-            "directory, a checkpoint or a Hugging Face folder"
-        )
-
-
-def check_output(output: str | None) -> None:
-    """Refuse an output that cannot be written before hours are spent on it.
-
-    Raises:
-        UserError: its folder is not there, or it is a folder.
-    """
-    if output is None:
-        return
-    if Path(output).is_dir():
-        raise UserError(f"--output {output} is a folder; give a file")
-    if not Path(output).absolute().parent.is_dir():
-        raise UserError(f"--output {output}: its folder does not exist; create it, or give another file")
+    emit("\n".join([*tables, json.dumps({"benchmark": results}) + "\n"]), output)
 
 
 def _numbers(flag: str, text: str | None) -> list[int]:
@@ -214,22 +182,6 @@ def side_by_side(prompts: list[str], written: list[Written]) -> str:
             parts.append(f"--- {one.name}{step}\n{one.continuations[index].text}\n")
         parts.append("\n")
     return "".join(parts)
-
-
-def _emit(text: str, output: str | None) -> None:
-    """Print `text`, or write it to a file, whole or not at all.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
-    if output is None:
-        _write(text)
-        return
-    try:
-        write_atomic(Path(output), text.encode())
-    except OSError as error:
-        raise UserError(f"--output {output} cannot be written ({reason(error)}); give another file") from None
-    say(f"written: {output}")
 
 
 def _write(text: str) -> None:
