@@ -150,14 +150,14 @@ def declared_as_llama(loaded: LoadedModel, target: Path, texts: list[str]) -> di
     return {"texts": compared.texts, "equal": compared.equal}
 
 
-def held_out_prompts(dataset: TokenDataset, count: int) -> dict[str, list[list[int]]]:
-    """Return the beginnings of `count` test documents of each language that are long enough."""
-    prompts: dict[str, list[list[int]]] = {}
+def held_out_texts(dataset: TokenDataset, count: int) -> dict[str, list[list[int]]]:
+    """Return the beginnings of `count` test documents of each language that are long enough, LENGTH ids each."""
+    texts: dict[str, list[list[int]]] = {}
     for language in dataset.languages:
         stream = dataset.split(language, "test")
-        documents = (stream.document(number)[:PROMPT].tolist() for number in range(stream.documents))
-        prompts[language] = list(islice((ids for ids in documents if len(ids) == PROMPT), count))
-    return prompts
+        documents = (stream.document(number)[:LENGTH].tolist() for number in range(stream.documents))
+        texts[language] = list(islice((ids for ids in documents if len(ids) == LENGTH), count))
+    return texts
 
 
 class Greedy:
@@ -204,21 +204,37 @@ class Greedy:
                 return {"token": position + 1, "margin": float(best.values[0] - best.values[1])}
         return None
 
+    @torch.no_grad()
+    def likeliest_after(self, ids: list[int]) -> tuple[int, list[float], int]:
+        """Return at how many positions of a real text both have the same likeliest token, how far apart the two
+        likeliest are for transformers where not, and how many tokens are likeliest somewhere."""
+        self.llama.reset()
+        self.llama.eval(ids)
+        theirs = torch.from_numpy(self.llama.scores[: len(ids)].copy())
+        logits = self.model(torch.tensor([ids]), use_cache=False).logits[0]
+        self.difference = max(self.difference, float((logits - theirs).abs().max()))
+        best = logits.topk(2)
+        same = best.indices[:, 0] == theirs.argmax(dim=-1)
+        margins = (best.values[:, 0] - best.values[:, 1])[~same].tolist()
+        return int(same.sum()), margins, len(set(best.indices[:, 0].tolist()))
+
 
 def compare_generation(
-    loaded: LoadedModel, path: Path, prompts: dict[str, list[list[int]]], threads: int
+    loaded: LoadedModel, path: Path, texts: dict[str, list[list[int]]], threads: int
 ) -> dict[str, Any]:
-    """Return prompts continued alike, of each language, and what the others differ by."""
+    """Return, of each language, the texts whose beginning both continue alike, and the positions where both expect the
+    same token next; then what the others differ by."""
     greedy = Greedy(loaded, path, threads)
-    result: dict[str, Any] = {"languages": {}, "differences": []}
-    distinct: set[int] = set()
-    for language, beginnings in prompts.items():
-        outcomes = [greedy.compare(prompt) for prompt in beginnings]
-        distinct |= set(greedy.of_llama_cpp(beginnings[0])[PROMPT:]) if beginnings else set()
-        result["languages"][language] = f"{outcomes.count(None)}/{len(outcomes)}"
+    result: dict[str, Any] = {"continued": {}, "expected": {}, "differences": [], "margins": []}
+    for language, beginnings in texts.items():
+        outcomes = [greedy.compare(ids[:PROMPT]) for ids in beginnings]
+        result["continued"][language] = f"{outcomes.count(None)}/{len(outcomes)}"
         result["differences"] += [outcome for outcome in outcomes if outcome is not None]
+        read = [greedy.likeliest_after(ids) for ids in beginnings]
+        result["expected"][language] = f"{sum(same for same, _m, _d in read)}/{sum(map(len, beginnings))}"
+        result["margins"] += [margin for _same, margins, _d in read for margin in margins]
+        result["distinct"] = max(result.get("distinct", 0), *(distinct for _s, _m, distinct in read))
     result["largest_logit_difference"] = round(greedy.difference, 6)
-    result["distinct_tokens_written"] = len(distinct)
     return result
 
 
@@ -233,7 +249,9 @@ def main() -> None:
     parser.add_argument("--vocab-size", type=int, default=6000)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--documents", type=int, default=1000)
-    parser.add_argument("--prompts", type=int, default=8, help="of each language")
+    parser.add_argument(
+        "--prompts", type=int, default=8, help="texts of each language that are continued and read"
+    )
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -243,7 +261,7 @@ def main() -> None:
     result: dict[str, Any] = {"llama_cpp_python": llama_cpp.__version__, "tokens": {}, "greedy": {}}
     for kind in KINDS:
         prepare(folder, kind, options)
-        prompts = held_out_prompts(TokenDataset.open(folder / f"shards-{kind}"), options.prompts)
+        held_out = held_out_texts(TokenDataset.open(folder / f"shards-{kind}"), options.prompts)
         for preset in SHAPES:
             loaded = load_model(folder / f"{preset}-{kind}" / "final_model", "cpu")
             assert isinstance(loaded.tokenizer, SentencePieceTokenizer)
@@ -253,7 +271,7 @@ def main() -> None:
                 rows = loaded.model.config.vocab_size
                 result["tokens"][kind] = compare_vocabulary(loaded.tokenizer, path, rows, texts)
                 print(kind, result["tokens"][kind], flush=True)
-            figures = compare_generation(loaded, path, prompts, options.threads)
+            figures = compare_generation(loaded, path, held_out, options.threads)
             result["greedy"][f"{preset} {kind}"] = figures
             print(preset, kind, figures, flush=True)
     result["unigram_declared_as_llama"] = declared_as_llama(loaded, folder / "wrong.gguf", texts)
