@@ -130,6 +130,19 @@ class TrainConfig:
     loss_chunk_size: int = 1024
     """Token positions whose logits exist at one time while the loss is computed."""
 
+    # Several devices
+    devices: int = 1
+    """Processes that train together on this machine, one a GPU (or a share of the CPU's cores); above 1, torchrun is
+    started for them. Leave it at 1 under torchrun or accelerate launch."""
+    parallel: Literal["auto", "ddp", "fsdp"] = "auto"
+    """ddp: every device holds the whole model; fsdp: a part of it. auto: ddp where weights, gradients and moments fit."""
+    elastic_exact: bool = False
+    """Sum gradients along a fixed tree: 1, 2, 4 ... devices give the same bits (ddp; costs copies of the gradient)."""
+    rank_timeout: str = "1m"
+    """Time after which a device's process that gives no sign of life is taken for lost, and the others stop."""
+    max_restarts: int = 0
+    """Times that --devices starts all processes again after one of them has died, from the newest checkpoint."""
+
     # What happens when
     log_steps: int = 10
     """Steps between two records in history.jsonl."""
@@ -185,7 +198,7 @@ RESUME_FREE = frozenset(
     "sample_steps sample_prompts sample_tokens save_steps max_checkpoints checkpoint_budget background_save "
     "mirror checkpoint_format resume_from init_from max_bad_steps max_rollbacks use_wandb trackers wandb_project batch_size "
     "gradient_accumulation_steps learning_rate min_learning_rate_ratio loss_chunk_size "
-    "matrix_learning_rate schedule decay_ratio".split()
+    "devices parallel elastic_exact rank_timeout max_restarts matrix_learning_rate schedule decay_ratio".split()
 )
 """May change on resume; the change is recorded in the history. `batch_size` and `gradient_accumulation_steps` may
 only change together so that the global batch stays; `training.state` checks that. `dataset_path` may move, its
@@ -380,7 +393,11 @@ def validate(config: TrainConfig) -> TrainConfig:
         raise UsageError(
             "--init-from begins at step 0 and --resume-from goes on where the other ended; give one of them"
         )
+    if config.devices < 1 or config.max_restarts < 0:
+        raise UsageError("--devices must be at least 1, and --max-restarts at least 0")
     parse_duration(config.max_time, "--max-time")
+    if not parse_duration(config.rank_timeout, "--rank-timeout"):
+        raise UsageError("--rank-timeout must be a time, such as 1m")
     parse_bytes(config.checkpoint_budget, "--checkpoint-budget")
     parse_trackers(config.trackers)
     return config

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -84,7 +85,9 @@ def train(recipe: str | None, list_presets: bool, **settings: Any) -> None:
     )
     from ekiden.training.loop import train as run
 
-    click.echo(json.dumps(vars(run(config))))
+    result = run(config)
+    if os.environ.get("RANK", "0") == "0":  # of several processes, one says it
+        click.echo(json.dumps(vars(result)))
 
 
 @click.command(context_settings=CONTEXT)

@@ -17,7 +17,7 @@ import torch
 
 from ekiden.errors import UserError
 from ekiden.export.load import LoadedModel, load_model
-from ekiden.modeling.build import head_weight, hidden_states
+from ekiden.modeling.build import head_weight, hidden_states, inside_forward
 from ekiden.modeling.device import Precision, select_precision
 from ekiden.modeling.loss import IGNORE, chunked_cross_entropy
 from ekiden.tokenizer.load import Tokenizer
@@ -95,18 +95,21 @@ def _of_split(
     count = whole if limit is None else min(limit, whole)
     if count == 0:
         return _figures(None, 0, 0)
-    weight = head_weight(model)
-    device = weight.device
+    device = head_weight(model).device
     dtype = precision.dtype if precision else torch.float32
     # float64 on the device: no waiting for it between batches.
     nats = torch.zeros((), dtype=torch.float64, device=device)
+
+    def loss(input_ids: torch.Tensor, target_ids: torch.Tensor) -> torch.Tensor:
+        hidden = hidden_states(model, input_ids)
+        return chunked_cross_entropy(
+            hidden.reshape(-1, hidden.shape[-1]), head_weight(model), target_ids.reshape(-1), chunk_rows
+        )
+
     for inputs, targets in windows(stream, count, length, batch_size):
         input_ids, target_ids = (torch.from_numpy(array).to(device) for array in (inputs, targets))
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            hidden = hidden_states(model, input_ids)
-            nats += chunked_cross_entropy(
-                hidden.reshape(-1, hidden.shape[-1]), weight, target_ids.reshape(-1), chunk_rows
-            )
+            nats += inside_forward(model, loss, input_ids, target_ids)
     return _figures(float(nats) / count, count, round(stream.bytes * count / whole))
 
 

@@ -7,7 +7,8 @@ The vocabulary and the special ids are the tokenizer's. Nothing here calls the m
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -15,6 +16,8 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GPT2Config, GPT2LM
 from transformers import PretrainedConfig as ModelConfig
 
 from ekiden.config import TrainConfig
+
+T = TypeVar("T")
 
 
 def model_config(
@@ -130,6 +133,21 @@ def body(model: nn.Module) -> nn.Module:
 def head_weight(model: nn.Module) -> torch.Tensor:
     """Return the output matrix [vocabulary, hidden], tied to the input embedding."""
     return model.get_output_embeddings().weight  # type: ignore[operator]
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """Return the decoder's blocks, in order."""
+    decoder = body(model)
+    return list(decoder.h if hasattr(decoder, "h") else decoder.layers)  # type: ignore[arg-type]
+
+
+def inside_forward(model: nn.Module, work: Callable[..., T], *arguments: Any) -> T:
+    """Return `work(*arguments)`, called as the model's forward pass.
+
+    Where the weights are shards (`training.sharding`), the output matrix exists only in there.
+    """
+    within: Any = getattr(model, "inside_forward", None)
+    return work(*arguments) if within is None else within(work, *arguments)
 
 
 def hidden_states(model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:

@@ -22,6 +22,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 TIME_LIMIT, STOP_FILE = "time limit", "stop file"
 REASONS = (*(number.name for number in SIGNALS), TIME_LIMIT, STOP_FILE)
 """Why a run stops, as ranks tell each other: by its place in here."""
+BEGAN = "EKIDEN_BEGAN"
+"""Environment: when the command began that started this rank, in seconds since boot."""
 
 
 class Interruption:
@@ -37,7 +39,7 @@ class Interruption:
         self._save_file = run_dir / "save" if run_dir is not None else None
         self._signal: signal.Signals | None = None
         # Monotonic time of the process's start: imports alone take 5-30 s of a paid session.
-        self._deadline = time.monotonic() - process_age() + max_seconds if max_seconds is not None else None
+        self._deadline = time.monotonic() - command_age() + max_seconds if max_seconds is not None else None
 
     @contextlib.contextmanager
     def handlers(self) -> Iterator[None]:
@@ -86,15 +88,22 @@ class Interruption:
         return True
 
 
-def process_age() -> float:
-    """Return the seconds since this process began.
+def command_age() -> float:
+    """Return the seconds since the command began that this process is a rank of: a restarted rank has less time left."""
+    if os.environ.get(BEGAN):
+        return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - float(os.environ[BEGAN]))
+    return process_age(os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None)
+
+
+def process_age(pid: int | None = None) -> float:
+    """Return the seconds since this process (or another) began.
 
     On Linux by the clock that counts from boot: the wall clock of a fresh machine jumps when it is first set.
     """
     try:
-        after_name = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        after_name = Path(f"/proc/{pid or 'self'}/stat").read_text().rpartition(")")[2].split()
         # Field 22 of proc(5), the 20th after the name: start time in clock ticks since boot.
         began = int(after_name[19]) / os.sysconf("SC_CLK_TCK")
         return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - began)
     except (OSError, AttributeError, ValueError, IndexError):
-        return max(0.0, time.time() - psutil.Process().create_time())
+        return max(0.0, time.time() - psutil.Process(pid).create_time())

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import os
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -22,14 +23,17 @@ from ekiden.errors import UserError
 from ekiden.evaluation.loss import evaluate, format_evaluation
 from ekiden.evaluation.samples import sample_texts
 from ekiden.progress import Progress, human_count, human_duration, say
+from ekiden.training.exact import GradientTree
 from ekiden.training.facts import Clock
 from ekiden.training.history import History, UnwrittenHistory
 from ekiden.training.interruption import REASONS, Interruption
+from ekiden.training.launch import launch
 from ekiden.training.memory import OutOfMemory, is_out_of_memory, memory_bytes, run_within_memory, try_step
 from ekiden.training.optimizer import learning_rate
 from ekiden.training.ranks import PeerLost, Ranks
 from ekiden.training.rundir import RunDirectory, TrainResult
 from ekiden.training.saving import Saving
+from ekiden.training.sharding import filled_up, gather_back
 from ekiden.training.start import prepare
 from ekiden.training.step import StepFigures, accumulate_gradients, apply_update
 from ekiden.training.trackers import Trackers
@@ -53,7 +57,9 @@ def train(config: TrainConfig) -> TrainResult:
     for name in ("dataset_path", "output_dir"):
         if not getattr(config, name):
             raise UserError(f"--{name.replace('_', '-')} is not set; give a folder")
-    ranks = Ranks.join(config.device)
+    if config.devices > 1 and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return launch(config)
+    ranks = Ranks.join(config.device, parse_duration(config.rank_timeout, "--rank-timeout") or 60.0)
     try:
         return _train(config, ranks)
     finally:
@@ -113,6 +119,7 @@ class Trainer:
             self.counters.wandb_run_id if own else None,
         )
         self.counters.wandb_run_id = self.trackers.wandb_run_id or self.counters.wandb_run_id
+        self.tree: GradientTree | None = None
         self.step_seconds = 0.0
         self.last_loss: float | None = None
         self.stopped_for: str | None = None
@@ -253,8 +260,13 @@ class Trainer:
         """
         config, counters = self.config, self.counters
         loss = self._within_memory(self._gradients)
-        gradients = [p.grad for p in self.state.model.parameters() if p.grad is not None]
-        self.ranks.sum_([*gradients, loss])
+        if self.tree:
+            loss = self.tree.finish(self.ranks)
+        elif self.state.sharded:
+            self.ranks.sum_([loss])
+        else:
+            gradients = [p.grad for p in self.state.model.parameters() if p.grad is not None]
+            self.ranks.sum_([*gradients, loss])
         rate = learning_rate(counters.step, config, self.start.max_steps)
         update = functools.partial(
             apply_update, self.state.optimizer, loss, rate, config.max_grad_norm, self.state.scaler
@@ -272,6 +284,8 @@ class Trainer:
         """Return what `work` returns on this rank, repeated with half the microbatch on all where one has no memory."""
         while True:
             result = run_within_memory(work)
+            if isinstance(result, OutOfMemory) and self.state.sharded:
+                self._leave_smaller(result.problem)
             problem = self.ranks.first(result.problem if isinstance(result, OutOfMemory) else None)
             if problem is None and not isinstance(result, OutOfMemory):
                 return result
@@ -280,16 +294,40 @@ class Trainer:
 
     def _gradients(self) -> torch.Tensor:
         """Add up the gradients of this step's global batch; return its mean loss."""
-        counters = self.counters
+        counters, ranks = self.counters, self.ranks
+        microbatches = self.batches.microbatches(
+            counters.data_step(counters.step), counters.microbatch, ranks.rank, ranks.world
+        )
+        if self.state.sharded:
+            largest = -(-counters.global_batch // ranks.world)
+            microbatches = filled_up(microbatches, -(-largest // counters.microbatch))
+        exact = self.config.elastic_exact
+        self.tree = GradientTree(list(self.state.model.parameters())) if exact else None
         return accumulate_gradients(
             self.state.model,
-            self.batches.microbatches(
-                counters.data_step(counters.step), counters.microbatch, self.ranks.rank, self.ranks.world
-            ),
+            microbatches,
             self._tokens_per_step(),
             self.start.precision,
             self.state.scaler,
             self.config.loss_chunk_size,
+            after=self.tree.add if self.tree else None,
+        )
+
+    def _leave_smaller(self, problem: str) -> None:
+        """End the run where one rank has no memory amid exchanges that the others wait in; the next start takes less.
+
+        Raises:
+            UserError: always.
+        """
+        before = self.counters.microbatch
+        if before == 1:
+            self._halve_microbatch((self.ranks.rank, problem))
+        self.directory.write_microbatch(before // 2)
+        raise UserError(
+            self.ranks.name(
+                f"out of memory at step {self.counters.step + 1} with --parallel fsdp, where ranks cannot try again; run the "
+                f"same command again (or give --max-restarts): it takes microbatches of {before // 2}, same global batch"
+            )
         )
 
     def _try_memory(self) -> None:
@@ -441,7 +479,7 @@ class Trainer:
         """Evaluate every language, keep the best model so far; return the figures."""
         counters = self.counters
         with self.clock.span("evaluation"):
-            result = self.ranks.on_main(lambda: self._evaluate_within_memory(tokens_per_language))
+            result = self._once(lambda: self._evaluate_within_memory(tokens_per_language))
         say(f"step {counters.step} evaluation\n{format_evaluation(result)}")
         loss = result["macro"]["loss"] if result["macro"] else None
         # best/ is not mirrored: on a new machine the best is the best since then.
@@ -485,6 +523,14 @@ class Trainer:
             f"out of memory evaluating one sample of {self.config.max_length} tokens; lower --loss-chunk-size"
         )
 
+    def _once(self, work: Callable[[], T]) -> T:
+        """Return the main rank's result of `work`; in shards the model needs all ranks to do it."""
+        if not self.state.sharded:
+            return self.ranks.on_main(work)
+        result = work()
+        gather_back(self.state.model)
+        return self.ranks.from_main(result)
+
     def _samples(self) -> None:
         make = functools.partial(
             sample_texts,
@@ -496,7 +542,7 @@ class Trainer:
             seed=self.config.seed,
         )
         with self.clock.span("samples"):
-            texts = self.ranks.on_main(make)
+            texts = self._once(make)
         self.history.add("samples", self.counters.step, languages=texts)
         for language, samples in texts.items():
             say(

@@ -17,11 +17,10 @@ import psutil
 import torch
 
 from ekiden.errors import UserError
-from ekiden.modeling.build import head_weight, hidden_states
+from ekiden.modeling.build import head_weight, inside_forward
 from ekiden.modeling.device import Precision
-from ekiden.modeling.loss import chunked_cross_entropy
 from ekiden.training.state import TrainingState
-from ekiden.training.step import accumulate_gradients, apply_update
+from ekiden.training.step import accumulate_gradients, apply_update, summed_loss
 
 T = TypeVar("T")
 
@@ -101,10 +100,7 @@ def _evaluation_batch(model: torch.nn.Module, windows: np.ndarray, precision: Pr
     device = head_weight(model).device
     ids = torch.from_numpy(windows).to(device)
     with torch.autocast(device.type, precision.dtype, enabled=precision.dtype != torch.float32):
-        hidden = hidden_states(model, ids)
-        chunked_cross_entropy(
-            hidden.reshape(-1, hidden.shape[-1]), head_weight(model), ids.reshape(-1), chunk
-        )
+        inside_forward(model, summed_loss, model, ids, ids, chunk)
 
 
 def memory_bytes(device: torch.device) -> int:

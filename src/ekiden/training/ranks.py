@@ -196,6 +196,16 @@ class Ranks:
             for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket])):
                 tensor.copy_(part.view_as(tensor))
 
+    def exchange(self, tensor: torch.Tensor, partner: int) -> torch.Tensor:
+        """Return `partner`'s tensor, of the same shape, and give it this one."""
+        theirs = torch.empty_like(tensor)
+        works = dist.batch_isend_irecv(
+            [dist.P2POp(dist.isend, tensor, partner), dist.P2POp(dist.irecv, theirs, partner)]
+        )
+        for work in works:
+            work.wait()
+        return theirs
+
     def copy_from_main(self, tensor: torch.Tensor) -> None:
         """Overwrite `tensor` with the main rank's, in place."""
         if self.world > 1:

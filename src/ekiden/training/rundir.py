@@ -58,6 +58,7 @@ class RunDirectory:
         self.checkpoints = self.path / "checkpoints"
         self.best = self.path / "best"
         self.final_model = self.path / "final_model"
+        self.microbatch = self.path / "microbatch"
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -81,6 +82,18 @@ class RunDirectory:
             yield
         finally:
             lock.release()
+
+    def write_microbatch(self, samples: int) -> None:
+        """Leave the microbatch that the next start has to take, where this one cannot go on with a smaller one."""
+        files.write_atomic(self.microbatch, str(samples).encode())
+
+    def read_microbatch(self) -> int | None:
+        """Return what `write_microbatch` left, or None."""
+        try:
+            text = self.microbatch.read_text().strip()
+        except OSError:
+            return None
+        return int(text) if text.isdigit() and int(text) > 0 else None
 
     def write_config(self, config: TrainConfig) -> None:
         """Write `config.yaml`, complete enough to be a recipe of its own."""

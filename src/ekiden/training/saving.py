@@ -70,6 +70,8 @@ class Saving:
         """
         step = self.state.counters.step
         if not self.ranks.main:
+            if step != self.saved_step and self.state.sharded:
+                self.state.snapshot()  # its part of what the main rank gathers
             self.saved_step = step
             return
         if step != self.saved_step:
@@ -129,10 +131,12 @@ class Saving:
 
     def write_model(self, target: Path, loss: float | None) -> None:
         """Write the weights of this step as a Hugging Face folder, replacing the one before it atomically."""
-        if not self.ranks.main:
+        if not self.ranks.main and not self.state.sharded:
             return
         step = self.state.counters.step
         weights = self.state.weights()
+        if not self.ranks.main:
+            return
 
         def write(writer: CheckpointWriter) -> None:
             for name, content in self.folder_files.items():

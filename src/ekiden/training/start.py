@@ -22,7 +22,7 @@ from ekiden.checkpoint.mirror import Mirror, open_mirror, restore_from_mirror
 from ekiden.checkpoint.store import Checkpoint, CheckpointStore, recover_folder
 from ekiden.config import TrainConfig
 from ekiden.errors import UserError
-from ekiden.modeling.build import body, build_model, parameter_counts
+from ekiden.modeling.build import blocks, body, build_model, parameter_counts
 from ekiden.modeling.device import (
     Precision,
     available_cores,
@@ -35,11 +35,13 @@ from ekiden.tokenizer.load import Tokenizer
 from ekiden.tokens.batches import Batches
 from ekiden.tokens.format import TokenDataset
 from ekiden.tokens.mixture import Mixture, plan_mixture
+from ekiden.training.exact import check_tree
 from ekiden.training.facts import session_facts
 from ekiden.training.foreign import open_any, restore_any, take_foreign
 from ekiden.training.optimizer import build_optimizer
 from ekiden.training.ranks import Ranks
 from ekiden.training.rundir import RunDirectory, default_checkpoint_budget
+from ekiden.training.sharding import shard_state, wants_shards
 from ekiden.training.state import Counters, SavedState, TrainingState, changed_settings
 from ekiden.values import parse_bytes
 
@@ -110,16 +112,22 @@ def prepare(config: TrainConfig, run: RunDirectory, ranks: Ranks | None = None) 
         eos_id=tokenizer.eos_id,
         seed=config.seed,
     )
-    model.to(device)  # type: ignore[arg-type]
-    compiled = config.compile == "on" or (config.compile == "auto" and device.type == "cuda")
+    sharded = wants_shards(config, ranks, sum(p.numel() for p in model.parameters()), device)
+    if not sharded:
+        model.to(device)  # type: ignore[arg-type]
+    compiled = config.compile == "on" or (config.compile == "auto" and device.type == "cuda" and not sharded)
     if compiled:
-        body(model).compile()
+        for part in blocks(model) if sharded else [body(model)]:
+            part.compile()
     optimizer = build_optimizer(model, config)
     scaler = torch.amp.GradScaler(device.type) if precision.use_scaler else None
     identity["run_id"] = ranks.from_main(
         (saved["identity"].get("run_id") if saved else None) or uuid.uuid4().hex
     )
-    facts = {**identity, "environment": environment(device, precision, threads, compiled, ranks)}
+    facts = {
+        **identity,
+        "environment": environment(device, precision, threads, compiled) | sums_of(config, ranks, sharded),
+    }
     state = TrainingState(config, model, optimizer, scaler, mixture, facts)
     if saved:
         if checkpoint:
@@ -132,7 +140,14 @@ def prepare(config: TrainConfig, run: RunDirectory, ranks: Ranks | None = None) 
         state.counters.microbatch_schedule = [[0, config.batch_size]]
     max_steps = config.max_steps or steps_of_epochs(config, dataset, global_batch)
     taken = None if saved else ranks.on_main(lambda: take_weights(config, state, max_steps))
-    state.share(ranks)
+    limit = ranks.on_main(run.read_microbatch)
+    if limit and limit < state.counters.microbatch:
+        state.counters.microbatch_schedule.append([state.counters.step, limit])
+    if config.elastic_exact:
+        check_tree(global_batch, state.counters.microbatch, ranks.world)
+    state.share(ranks, moments=not sharded)
+    if sharded:
+        shard_state(state, ranks, device, precision)
     notes = describe(state, max_steps, saved, changed) | ({"taken": taken} if taken else {})
     notes |= session_facts(state, device, precision)
     batches = Batches(dataset, mixture, global_batch)
@@ -329,9 +344,7 @@ def check_global_batch(began_with: int, saved: dict[str, Any], config: TrainConf
     return now
 
 
-def environment(
-    device: torch.device, precision: Precision, threads: int, compiled: bool, ranks: Ranks
-) -> dict[str, Any]:
+def environment(device: torch.device, precision: Precision, threads: int, compiled: bool) -> dict[str, Any]:
     """Return what has to be equal for a resumed run to be bit-identical (on a CPU the thread count orders the sums)."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     facts = {
@@ -342,8 +355,14 @@ def environment(
         "transformers": transformers.__version__,
         "ekiden": ekiden.__version__,
     }
-    facts |= {"ranks": ranks.world} if ranks.world > 1 else {}
     return facts | ({"threads": threads} if device.type == "cpu" else {})
+
+
+def sums_of(config: TrainConfig, ranks: Ranks, sharded: bool) -> dict[str, Any]:
+    """Return what decides the order in which gradients are summed over ranks; with `--elastic-exact` nothing does."""
+    if config.elastic_exact:
+        return {"sums": "tree"}
+    return {"ranks": ranks.world, "parallel": "fsdp" if sharded else "ddp"} if ranks.world > 1 else {}
 
 
 def cpu_name() -> str:

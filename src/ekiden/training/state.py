@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from ekiden.checkpoint.store import CheckpointWriter
@@ -121,6 +122,8 @@ class TrainingState:
         self.config, self.model, self.optimizer, self.scaler = config, model, optimizer, scaler
         self.mixture, self.identity = mixture, identity
         self.counters = Counters()
+        # In shards (`training.sharding`), every rank has a part, and the main one alone keeps what is gathered.
+        self.sharded, self.keeps = False, True
 
     def snapshot(self) -> Snapshot:
         """Return a copy of everything a checkpoint holds.
@@ -147,7 +150,7 @@ class TrainingState:
         Raises:
             FloatingPointError: a weight is not finite.
         """
-        weights = {name: _copy(p) for name, p in self.model.named_parameters()}
+        weights = {name: self._copy(p) for name, p in self.model.named_parameters()}
         for name, tensor in weights.items():
             if not torch.isfinite(tensor).all():
                 raise FloatingPointError(f"{name} is not finite at step {self.counters.step}")
@@ -157,8 +160,15 @@ class TrainingState:
         tensors = {}
         for name, parameter in self.model.named_parameters():
             for key, value in self.optimizer.state.get(parameter, {}).items():
-                tensors[f"{key}/{name}"] = _copy(value)
+                tensors[f"{key}/{name}"] = self._copy(value)
         return tensors
+
+    def _copy(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the whole of `tensor` in host memory; nothing on ranks that do not keep it."""
+        whole = tensor.detach()
+        if isinstance(whole, DTensor):
+            whole = whole.full_tensor()
+        return whole.to("cpu", copy=True) if self.keeps else torch.empty(0)
 
     def restore(self, checkpoint: SavedState) -> None:
         """Put `checkpoint` into this state.
@@ -184,8 +194,12 @@ class TrainingState:
             self.scaler.load_state_dict(trainer["scaler"])
         self.counters = Counters(**trainer["counters"])
 
-    def share(self, ranks: Ranks) -> None:
-        """Make this state the main rank's, on all: one rank reads a checkpoint, and no disk need be shared."""
+    def share(self, ranks: Ranks, moments: bool = True) -> None:
+        """Make this state the main rank's, on all: one rank reads a checkpoint, and no disk need be shared.
+
+        Args:
+            moments: the optimizer's too; without, they stay on the main rank, for `training.sharding` to divide.
+        """
         if ranks.world == 1:
             return
         parameters = dict(self.model.named_parameters())
@@ -200,12 +214,13 @@ class TrainingState:
                     for key, value in self.optimizer.state.get(parameter, {}).items()
                 }
                 for name, parameter in parameters.items()
+                if moments
             },
         }
         facts = ranks.from_main(facts)
-        for name, moments in facts["moments"].items():
-            held = self.optimizer.state[parameters[name]] if moments else {}
-            for key, (shape, dtype) in moments.items():
+        for name, kinds in facts["moments"].items():
+            held = self.optimizer.state[parameters[name]] if kinds else {}
+            for key, (shape, dtype) in kinds.items():
                 if not ranks.main:
                     held[key] = torch.empty(
                         shape, dtype=getattr(torch, dtype), device=parameters[name].device
@@ -214,10 +229,6 @@ class TrainingState:
         if self.scaler is not None and facts["scaler"]:
             self.scaler.load_state_dict(facts["scaler"])
         self.counters = Counters(**facts["counters"])
-
-
-def _copy(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().to("cpu", copy=True)
 
 
 def load_weights(model: nn.Module, tensors: TensorDict, where: str) -> None:

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch.distributed.tensor import DTensor
 
-from ekiden.modeling.build import head_weight, hidden_states
+from ekiden.modeling.build import head_weight, hidden_states, inside_forward
 from ekiden.modeling.device import Precision
 from ekiden.modeling.loss import chunked_cross_entropy
 from ekiden.training.optimizer import set_learning_rate
@@ -45,6 +46,7 @@ def accumulate_gradients(
     scaler: torch.amp.GradScaler | None = None,
     loss_chunk_size: int = 1024,
     first_index: int = 0,
+    after: Callable[[torch.Tensor], None] | None = None,
 ) -> torch.Tensor:
     """Add the gradients of all microbatches to the model's parameters and return the mean loss.
 
@@ -53,6 +55,7 @@ def accumulate_gradients(
         total_tokens: tokens of the global batch. Dividing by it, not by each microbatch's own count, makes the
             gradient independent of how the batch is cut.
         first_index: number of the first microbatch, as `fault_hook` is told; negative: a trial before the first step.
+        after: called after each microbatch with its part of the mean loss; it may take the gradients away.
 
     Returns:
         The loss in nats a token, fp32 scalar on the model's device.
@@ -64,19 +67,25 @@ def accumulate_gradients(
         if fault_hook:
             fault_hook(index, "forward")
         with torch.autocast(device.type, precision.dtype, enabled=precision.dtype != torch.float32):
-            hidden = hidden_states(model, input_ids)
-            loss = chunked_cross_entropy(
-                hidden.reshape(-1, hidden.shape[-1]),
-                head_weight(model),
-                target_ids.reshape(-1),
-                loss_chunk_size,
-            )
+            loss = inside_forward(model, summed_loss, model, input_ids, target_ids, loss_chunk_size)
         mean = loss / total_tokens
         if fault_hook:
             fault_hook(index, "backward")
         (scaler.scale(mean) if scaler is not None else mean).backward()
         loss_sum += mean.detach()
+        if after:
+            after(mean.detach())
     return loss_sum
+
+
+def summed_loss(
+    model: torch.nn.Module, input_ids: torch.Tensor, target_ids: torch.Tensor, chunk: int
+) -> torch.Tensor:
+    """Return the cross-entropy summed over all tokens, in nats; to be called by `inside_forward`."""
+    hidden = hidden_states(model, input_ids)
+    return chunked_cross_entropy(
+        hidden.reshape(-1, hidden.shape[-1]), head_weight(model), target_ids.reshape(-1), chunk
+    )
 
 
 def _to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
@@ -102,6 +111,8 @@ def apply_update(
     grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
     if max_grad_norm > 0:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, grad_norm)
+    if isinstance(grad_norm, DTensor):
+        grad_norm = grad_norm.full_tensor()
     skipped = (~(torch.isfinite(loss) & torch.isfinite(grad_norm))).float()
     set_learning_rate(optimizer, learning_rate)
     if update_fault_hook:
@@ -111,5 +122,8 @@ def apply_update(
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     if scaler is not None:
+        # A rank that keeps a part of the gradients has seen an infinity in its own part only.
+        for found in scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"].values():
+            found.copy_(skipped)
         scaler.update()
     return StepFigures(loss, grad_norm, skipped)
