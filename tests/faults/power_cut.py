@@ -39,7 +39,7 @@ from ekiden.training.loop import train
 MOUNTS = {"default": "", "noauto_da_alloc": "noauto_da_alloc"}
 CUTS_A_SESSION = 4
 KEEP = 2
-PATIENCE = 120.0
+PATIENCE = 300.0
 """Seconds in which a writer has to acknowledge its first save; imports of torch take most of them."""
 
 
