@@ -211,3 +211,17 @@ def test_a_changed_shard_is_refused(settings: Settings, shards: Path, tmp_path: 
     shard.write_bytes(shard.read_bytes()[:-2])
     with pytest.raises(UserError, match=r"train-00000\.bin"):
         train(settings(6, dataset_path=other))
+
+
+def test_the_history_is_durable_before_the_checkpoint_it_leads_to(settings, tmp_path, monkeypatch):
+    operations = []
+
+    def listen(operation: str, path: Path) -> None:
+        if (operation == "fsync" and path.name == "history.jsonl") or (
+            operation == "rename" and path.name.startswith(".tmp-step")
+        ):
+            operations.append(path.name)
+
+    monkeypatch.setattr(files, "fault_hook", listen)
+    train(settings(4, save_steps=2))
+    assert operations == ["history.jsonl", ".tmp-step-00000002-0", "history.jsonl", ".tmp-step-00000004-0"]

@@ -138,6 +138,12 @@ def sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
+def sync_file(descriptor: int, path: Path) -> None:
+    """Make what was written to the open file `path` durable."""
+    _about_to("fsync", path)
+    os.fsync(descriptor)
+
+
 def remove_file(path: Path) -> None:
     """Remove a file or a symbolic link (not what it points to); nothing happens where there is none."""
     _about_to("unlink", path)

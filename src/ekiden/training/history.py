@@ -86,6 +86,14 @@ class History:
         """Append an event: start, resume, time, oom, skip, rollback, save-failed, stop."""
         self.add("event", step, event=event, **details)
 
+    def sync(self) -> None:
+        """Make the records so far durable, before the checkpoint that they lead to.
+
+        A disk that cannot is about to fail that checkpoint, which says so.
+        """
+        with contextlib.suppress(OSError):
+            files.sync_file(self._file.fileno(), self.path)
+
     def close(self) -> None:
         """Close the file and write `training_history.json` beside it, the same figures as columns."""
         if self._waiting:
@@ -116,6 +124,9 @@ class UnwrittenHistory(History):
 
     def _write_waiting(self) -> None:
         self._waiting.clear()
+
+    def sync(self) -> None:
+        """Do nothing."""
 
     def close(self) -> None:
         """Do nothing."""

@@ -100,6 +100,7 @@ class Saving:
 
         def save() -> None:
             began = time.perf_counter()
+            self.history.sync()
             facts = {"tokens": snapshot.trainer["counters"]["tokens"]}
             facts |= {name: snapshot.trainer["identity"][name] for name in IDENTITY}
             if loss is not None and math.isfinite(loss):
