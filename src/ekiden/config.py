@@ -183,7 +183,9 @@ class TrainConfig:
     max_rollbacks: int = 2
     """Roll-backs before the run stops as failed."""
 
-    # Trackers
+    # What shows the run
+    report: bool = True
+    """Keep `RUN/report.html` up to date, and `RUN/loss.png` (needs `pip install 'ekiden[report]'`)."""
     use_wandb: bool = False
     """Send the history to Weights & Biases as well (needs `pip install 'ekiden[wandb]'`)."""
     trackers: list[str] = field(default_factory=list)
@@ -196,8 +198,8 @@ class TrainConfig:
 RESUME_FREE = frozenset(
     "dataset_path output_dir max_steps epochs max_time device num_threads compile log_steps eval_steps eval_tokens "
     "sample_steps sample_prompts sample_tokens save_steps max_checkpoints checkpoint_budget background_save "
-    "mirror checkpoint_format resume_from init_from max_bad_steps max_rollbacks use_wandb trackers wandb_project batch_size "
-    "gradient_accumulation_steps learning_rate min_learning_rate_ratio loss_chunk_size "
+    "mirror checkpoint_format resume_from init_from max_bad_steps max_rollbacks report use_wandb trackers wandb_project "
+    "batch_size gradient_accumulation_steps learning_rate min_learning_rate_ratio loss_chunk_size "
     "devices parallel elastic_exact rank_timeout max_restarts matrix_learning_rate schedule decay_ratio".split()
 )
 """May change on resume; the change is recorded in the history. `batch_size` and `gradient_accumulation_steps` may

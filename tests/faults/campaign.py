@@ -136,6 +136,7 @@ def settings(preset: str, shards: Path, run: Path, steps: int, **more: Any) -> T
         "sample_tokens": 4,
         "num_threads": 1,
         "warmup_steps": 2,
+        "report": False,
     }
     return build_config(preset, **{**small, **options, **more})
 

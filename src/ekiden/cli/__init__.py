@@ -14,7 +14,7 @@ import traceback
 import click
 
 from ekiden import __version__
-from ekiden.cli import checkpoints, data, kaggle, models, training
+from ekiden.cli import checkpoints, data, kaggle, models, reports, training
 from ekiden.cli.common import CONTEXT
 from ekiden.errors import UserError
 
@@ -78,6 +78,8 @@ for command in (
     models.generate,
     models.export,
     checkpoints.checkpoint,
+    reports.report,
+    reports.dashboard,
     kaggle.kaggle,
 ):
     cli.add_command(command)

@@ -162,10 +162,14 @@ class HistoryTail:
     """The records of a history that is being written, as they come; a line is given once it is whole.
 
     Where the file was replaced (a resume or a roll-back takes records out), it is read again from its beginning.
+
+    Attributes:
+        generation: how often it was begun at its beginning.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.generation = 0
         self._inode, self._offset = 0, 0
 
     def read(self) -> Iterator[dict[str, Any]]:
@@ -178,6 +182,7 @@ class HistoryTail:
             facts = os.fstat(file.fileno())
             if facts.st_ino != self._inode or facts.st_size < self._offset:
                 self._inode, self._offset = facts.st_ino, 0
+                self.generation += 1
             file.seek(self._offset)
             for line in file:
                 if not line.endswith(b"\n"):

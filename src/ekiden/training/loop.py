@@ -14,7 +14,8 @@ import math
 import os
 import time
 from collections.abc import Callable
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -38,6 +39,9 @@ from ekiden.training.start import prepare
 from ekiden.training.step import StepFigures, accumulate_gradients, apply_update
 from ekiden.training.trackers import Trackers
 from ekiden.values import parse_duration
+
+if TYPE_CHECKING:
+    from ekiden.report.writer import ReportWriter
 
 T = TypeVar("T")
 
@@ -101,6 +105,13 @@ def write_failure(run: RunDirectory, error: BaseException) -> None:
     )
 
 
+def open_report(run: Path) -> ReportWriter:
+    """Return the writer of the run's page; imported here because a report stands above training, and reads it."""
+    from ekiden.report.writer import ReportWriter
+
+    return ReportWriter(run)
+
+
 class Trainer:
     """One session of a run: from the newest checkpoint to the end, or to whatever stops it."""
 
@@ -120,6 +131,7 @@ class Trainer:
         )
         self.counters.wandb_run_id = self.trackers.wandb_run_id or self.counters.wandb_run_id
         self.tree: GradientTree | None = None
+        self.report = open_report(run.path) if config.report and ranks.main else None
         self.step_seconds = 0.0
         self.last_loss: float | None = None
         self.stopped_for: str | None = None
@@ -172,6 +184,8 @@ class Trainer:
         finally:
             self._end_session(give_up=self._stop_again)
             self.trackers.close()
+            if self.report:
+                self.report.finish()
 
     def _stop_again(self) -> bool:
         """Return whether there is a reason to stop beside the one that the steps ended for, or the time is up."""
@@ -492,6 +506,8 @@ class Trainer:
         self.history.add("eval", counters.step, **result)
         self.history.event("time", counters.step, seconds=self.clock.reading())
         self.trackers.wake()
+        if self.report:
+            self.report.request()
         return result
 
     def _evaluate_within_memory(self, tokens_per_language: int) -> dict[str, Any]:

@@ -15,14 +15,18 @@ from typing import Any, Protocol
 
 from ekiden.config import TrainConfig
 from ekiden.errors import UserError
+from ekiden.training.trackers.wandb_offline import logged_steps
 
-TRACKIO_SECONDS = 1.2
-"""trackio writes what it was given within half a second, and has no call that waits for it; a process killed within this
-time sends these records once more."""
+SETTLE_SECONDS = 1.2
+"""trackio writes what it was given within half a second, and has no call that waits for it. Records are noted as sent this
+long after: killed before, a process sends them once more, and loses none."""
 
 
 class Tracker(Protocol):
     """Something that takes figures. Any exception ends it, and nothing else."""
+
+    def has(self, kind: str, step: int) -> bool | None:
+        """Return whether a record had arrived when this session began; None: what was noted as sent decides."""
 
     def send(self, record: dict[str, Any]) -> None:
         """Take one train or eval record."""
@@ -53,12 +57,19 @@ class WandbTracker:
             config=dataclasses.asdict(config),
         )
         self._run.define_metric("*", step_metric="step")
+        # A killed process loses what wandb's had in hand: the last 32 KB of an offline file, or what was on its way.
+        self._logged = logged_steps(run_dir / "wandb", run_id) if self._run.offline else None
+
+    def has(self, kind: str, step: int) -> bool | None:
+        if self._logged is not None:
+            return step in self._logged[kind]
+        return step <= (self._run.summary.get(f"{kind}/step") or -1) if self._run.resumed else None
 
     def send(self, record: dict[str, Any]) -> None:
-        self._run.log({"step": record["step"], **figures(record)})
+        self._run.log({"step": record["step"], f"{record['kind']}/step": record["step"], **figures(record)})
 
     def settle(self) -> None:
-        pass  # wandb's own process has it, and writes it when this one is killed
+        pass  # the next session asks what arrived
 
     def close(self) -> None:
         self._run.finish()
@@ -71,6 +82,9 @@ class TensorBoardTracker:
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer: Any = SummaryWriter(str(run_dir / "tensorboard"))  # type: ignore[no-untyped-call]
+
+    def has(self, kind: str, step: int) -> bool | None:
+        return None
 
     def send(self, record: dict[str, Any]) -> None:
         for name, value in figures(record).items():
@@ -99,11 +113,14 @@ class TrackioTracker:
             config=dataclasses.asdict(config),
         )
 
+    def has(self, kind: str, step: int) -> bool | None:
+        return None
+
     def send(self, record: dict[str, Any]) -> None:
         self._run.log(figures(record), step=record["step"])
 
     def settle(self) -> None:
-        time.sleep(TRACKIO_SECONDS)
+        time.sleep(SETTLE_SECONDS)
 
     def close(self) -> None:
         self._run.finish()

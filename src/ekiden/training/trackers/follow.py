@@ -1,6 +1,6 @@
 """A tracker that follows `history.jsonl` from a thread of its own: training neither waits for it nor fails with it.
 
-The file is the queue. What was sent is noted in `RUN/trackers/NAME.json` as soon as it is safe, so that a later session
+The file is the queue. What was sent is noted in `RUN/trackers/NAME.json` (or asked of the tracker), so that a later session
 sends what an earlier one could not, and nothing twice: a step done again after an interruption was sent already.
 """
 
@@ -40,6 +40,7 @@ class Follower:
         noted = self._read_note()
         self.run_id = str(noted.get("run_id") or run_id or secrets.token_hex(4))
         self.sent = {kind: int(noted.get(kind, -1)) for kind in ("train", "eval")}
+        self._seen = dict.fromkeys(self.sent, -1)
         self._write_note()
         self._tail = HistoryTail(run_dir / "history.jsonl")
         self._wake, self._closing = threading.Event(), threading.Event()
@@ -83,10 +84,15 @@ class Follower:
         any_sent = False
         for record in self._tail.read():
             kind, step = record["kind"], record["step"]
-            if step > self.sent.get(kind, step):  # not a kind that is not sent, nor a step that was
-                tracker.send(record)
-                self.sent[kind] = step
-                any_sent = True
+            if kind not in self.sent or step <= self._seen[kind]:  # the second: done again after a roll-back
+                continue
+            self._seen[kind] = step
+            arrived = tracker.has(kind, step)
+            if step <= self.sent[kind] if arrived is None else arrived:
+                continue
+            tracker.send(record)
+            self.sent[kind] = max(self.sent[kind], step)
+            any_sent = True
         return any_sent
 
     def _read_note(self) -> dict[str, Any]:
