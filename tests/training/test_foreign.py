@@ -17,7 +17,8 @@ from ekiden.checkpoint.convert import convert_checkpoint
 from ekiden.config import TrainConfig
 from ekiden.errors import UserError
 from ekiden.export.load import load_model
-from ekiden.training.foreign import open_any, take_foreign
+from ekiden.training.converted import open_any
+from ekiden.training.foreign import take_foreign
 from ekiden.training.loop import train
 from ekiden.training.rundir import RunDirectory
 from ekiden.training.start import prepare
@@ -373,3 +374,81 @@ def test_what_is_not_whole_is_not_opened_as_whole(settings: Settings, tmp_path: 
     assert open_any(tmp_path / "x.pt") is None
     with pytest.raises(UserError, match="does not exist"):
         open_any(tmp_path / "nothing.json")
+
+
+def test_a_checkpoint_of_hugging_faces_trainer_with_its_moments(settings: Settings, tmp_path: Path) -> None:
+    """Twelve layers: safetensors sorts h.10 before h.2, and all of them have the same shapes."""
+    pytest.importorskip("accelerate")
+    from transformers import Trainer, TrainingArguments
+
+    state = fresh(settings, num_hidden_layers=12, max_steps=60)
+    torch.manual_seed(4)
+    model = GPT2LMHeadModel(state.model.config)
+    rows = [{"input_ids": torch.arange(16) + n, "labels": torch.arange(16) + n} for n in range(24)]
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path / "hf"),
+        max_steps=3,
+        save_steps=3,
+        per_device_train_batch_size=4,
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows)
+    trainer.train()
+    report = take_foreign(tmp_path / "hf" / "checkpoint-3", state)
+    assert_taken(state, model)
+    named = dict(model.named_parameters())
+    assert (report.step, report.moments, report.weights) == (3, len(named), len(named))
+    by_parameter = trainer.optimizer.optimizer.state
+    assert len(by_parameter) == len(named)
+    for name, parameter in state.model.named_parameters():
+        for key in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(state.optimizer.state[parameter][key], by_parameter[named[name]][key]), name
+    # With --init-from the same folder gives its weights alone.
+    other = fresh(settings, num_hidden_layers=12, output_dir=str(tmp_path / "other"))
+    report = take_foreign(tmp_path / "hf" / "checkpoint-3", other, weights_only=True)
+    assert (report.step, report.moments, other.optimizer.state) == (None, 0, {})
+
+
+def test_the_same_folder_made_by_hand(settings: Settings, tmp_path: Path) -> None:
+    """As above where accelerate is not installed: sorted safetensors, decay and no-decay groups, the step in JSON."""
+    state = fresh(settings, num_hidden_layers=12, max_steps=60)
+    model = GPT2LMHeadModel(state.model.config)
+    named = dict(model.named_parameters())
+    groups = [[p for p in named.values() if p.dim() >= 2], [p for p in named.values() if p.dim() < 2]]
+    optimizer = torch.optim.AdamW([{"params": group} for group in groups], lr=3e-3)
+    for n in range(3):
+        one_step(model, optimizer, torch.arange(64).reshape(2, 32) + n)
+    model.save_pretrained(tmp_path / "checkpoint-3")
+    torch.save(optimizer.state_dict(), tmp_path / "checkpoint-3" / "optimizer.pt")
+    (tmp_path / "checkpoint-3" / "trainer_state.json").write_text('{"global_step": 3, "best_metric": NaN}')
+    report = take_foreign(tmp_path / "checkpoint-3", state)
+    assert (report.step, report.moments) == (3, len(named))
+    for name, parameter in state.model.named_parameters():
+        theirs = optimizer.state[named[name]]["exp_avg"]
+        assert torch.equal(state.optimizer.state[parameter]["exp_avg"], theirs), name
+
+
+def test_names_sorted_by_a_writer_of_json_do_not_mix_up_the_moments(
+    script: PlainScript, settings: Settings, tmp_path: Path
+) -> None:
+    script.train(3)
+    torch.save(script.checkpoint(), tmp_path / "x.pt")
+    tree = json.loads(convert_checkpoint(tmp_path / "x.pt", tmp_path / "x.json").path.read_text())
+    plain = {
+        "model_state_dict": {
+            name: tensor for name, tensor in tree["model_state_dict"].items() if name != "lm_head.weight"
+        },
+        "optimizer_state_dict": {
+            "state": dict(tree["optimizer_state_dict"]["state"]["__dict__"]),
+            "param_groups": [{"params": list(range(len(list(script.model.parameters()))))}],
+        },
+    }
+    (tmp_path / "sorted.json").write_text(json.dumps(plain, sort_keys=True))
+    state = fresh(settings, max_steps=60)
+    named = dict(script.model.named_parameters())
+    assert take_foreign(tmp_path / "sorted.json", state).moments == len(named)
+    for name, parameter in state.model.named_parameters():
+        theirs = script.optimizer.state[named[name]]["exp_avg"]
+        assert torch.equal(state.optimizer.state[parameter]["exp_avg"], theirs), name

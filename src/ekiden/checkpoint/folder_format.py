@@ -78,7 +78,7 @@ def read_folder(path: Path, weights_only: bool = False) -> dict[str, Any]:
             if manifest.step or _STATE_FILES[0] in names:
                 tree["step"] = manifest.step
         else:
-            names = _plain_names(path)
+            names = _plain_names(path, weights_only)
         tensors = {name: _tensors(path, name, facts) for name in names if name.endswith(_SUFFIX)}
         texts = {name: _text(path / name) for name in names if not name.endswith(_SUFFIX)}
     except Damaged as damage:
@@ -105,11 +105,13 @@ def _is_weights(name: str) -> bool:
     return name == WEIGHTS or (name.startswith("model-") and "-of-" in name)
 
 
-def _plain_names(path: Path) -> list[str]:
+def _plain_names(path: Path, weights_only: bool) -> list[str]:
     """Return the files of a folder that has no manifest, and say which are left out."""
     names: list[str] = []
     left: list[str] = []
     for file in sorted(path.iterdir()):
+        if weights_only and file.suffix in (".pt", ".pth", ".bin"):
+            continue  # a trainer's state
         fits = file.is_file() and (file.suffix == _SUFFIX or file.stat().st_size <= _MAX_FILE_BYTES)
         try:
             check_name(file.name)

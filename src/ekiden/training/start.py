@@ -35,9 +35,10 @@ from ekiden.tokenizer.load import Tokenizer
 from ekiden.tokens.batches import Batches
 from ekiden.tokens.format import TokenDataset
 from ekiden.tokens.mixture import Mixture, plan_mixture
+from ekiden.training.converted import open_any, restore_any
 from ekiden.training.exact import check_tree
 from ekiden.training.facts import session_facts
-from ekiden.training.foreign import open_any, restore_any, take_foreign
+from ekiden.training.foreign import take_foreign
 from ekiden.training.optimizer import build_optimizer
 from ekiden.training.ranks import Ranks
 from ekiden.training.rundir import RunDirectory, default_checkpoint_budget
