@@ -54,7 +54,10 @@ class StandIn:
                 state.asked.append(path)
                 if state.refuse:
                     self.answer(state.refuse[0], b"no", {"X-Error-Code": state.refuse[1]})
-                elif path == "/api/datasets/owner/texts":
+                elif path in (
+                    "/api/datasets/owner/texts",
+                    f"/api/datasets/owner/texts/revision/{COMMIT}",
+                ):
                     card = {"cardData": {"configs": state.configs}} if state.configs else {}
                     self.json({"id": "owner/texts", "sha": COMMIT, "private": False, "gated": False, **card})
                 elif path == "/api/datasets/owner/texts/auth-check":

@@ -9,6 +9,7 @@ import multiprocessing
 import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -262,3 +263,59 @@ def test_configurations_and_splits(
     else:
         with pytest.raises(UserError, match=expected):
             choose(address, PATHS, configs)
+
+
+# -- a whole build --------------------------------------------------------------------------------------------
+
+
+def built(argument: str, tokenizer: str, out: str) -> str | None:
+    """Build in the client's process; return its sentence where it failed."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from ekiden.tokens import build, units
+
+    units.UNIT_BYTES = 2000
+    try:
+        build.preprocess([argument], tokenizer, out, test_split=0.1, executor=ThreadPoolExecutor(1))
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def shards(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (folder / "english").iterdir()}
+
+
+def test_a_build_from_the_hub_is_taken_up_where_it_was_and_equals_one_from_files(
+    server: StandIn,
+    client: Callable[..., Any],
+    language_folder: Path,
+    tmp_path: Path,
+) -> None:
+    from ekiden.tokenizer.train import train_tokenizer
+
+    model = str(tmp_path / "bpe.model")
+    train_tokenizer([str(language_folder)], model, vocab_size=430, model_type="bpe")
+    (tmp_path / "corpus" / "english").mkdir(parents=True)
+    for name, data in server.files.items():
+        if "train-" in name:
+            (tmp_path / "corpus" / "english" / name.rsplit("/", 1)[-1]).write_bytes(data)
+    argument = "english=hf://datasets/owner/texts:train"
+    out, local = tmp_path / "out", tmp_path / "local"
+    server.faults = [None, 503, ("break", 300), None, None, *[500] * 40]
+    refused = client(built, argument, model, str(out))
+    assert refused is not None and "corpus hf://datasets/owner/texts cannot be read" in refused
+    assert "status 500" in refused and "\n" not in refused
+    done = len(list((out / ".receipts").glob("[!.]*")))
+    assert done >= 1
+    server.faults, server.served = [], []
+    assert client(built, argument, model, str(out)) is None
+    again = sum(last + 1 - first for name, first, last in server.served if name.endswith(".jsonl"))
+    assert client(built, argument, model, str(tmp_path / "whole")) is None
+    assert (
+        again
+        < sum(last + 1 - first for name, first, last in server.served if name.endswith(".jsonl")) - again
+    )
+    assert client(built, str(tmp_path / "corpus"), model, str(local)) is None
+    assert shards(out) == shards(local) == shards(tmp_path / "whole")
+    assert len(shards(local)) > 4

@@ -100,7 +100,7 @@ def test_any_strings_whatever(caches: list[tuple[BpeCache, Tokenizer]], texts: l
 def test_a_full_cache_forgets_and_stays_right(
     models: dict[str, Path], sentences: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bpe_cache, "_SLOTS", {2: 1 << 5, 4: 1 << 4, 8: 1 << 4})
+    monkeypatch.setattr(bpe_cache, "_SLOTS", {1: 1 << 5, 2: 1 << 5, 4: 1 << 4, 8: 1 << 4})
     monkeypatch.setattr(bpe_cache, "_POOL_IDS", 64)
     tokenizer = load_tokenizer(models["ours"])
     cache = BpeCache(tokenizer)

@@ -44,14 +44,14 @@ def text_of(line: bytes) -> str:
         Rejected: it holds no text that can be encoded.
     """
     try:
-        record = orjson.loads(line)
+        record, encodable = orjson.loads(line), True  # it refuses lone surrogates
     except orjson.JSONDecodeError:
-        record = _second_opinion(line)
+        record, encodable = _second_opinion(line), False
     if not isinstance(record, dict):
         raise Rejected("not a JSON object")
     if "text" not in record:
         raise Rejected("no text field")
-    return checked(record["text"])
+    return checked(record["text"], encodable)
 
 
 def _second_opinion(line: bytes) -> Any:
@@ -65,8 +65,11 @@ def _second_opinion(line: bytes) -> Any:
         raise Rejected("invalid JSON") from None
 
 
-def checked(text: Any) -> str:
+def checked(text: Any, encodable: bool = False) -> str:
     """Return `text` where it is a string that can be encoded and is not blank.
+
+    Args:
+        encodable: a string is known to be.
 
     Raises:
         Rejected: it is not.
@@ -75,8 +78,10 @@ def checked(text: Any) -> str:
         raise Rejected("text is null")
     if not isinstance(text, str):
         raise Rejected("text is not a string")
-    if not text.strip():
+    if not text or text.isspace():
         raise Rejected("text is empty")
+    if encodable:
+        return text
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -213,7 +218,7 @@ def _whole_file(file: SourceFile, ledger: Ledger) -> Iterator[str]:
 
 def _text(data: bytes, file: SourceFile, ledger: Ledger, offset: int) -> Iterator[str]:
     try:
-        text = ledger.accepted(checked(data.decode("utf-8")), file.path, offset)
+        text = ledger.accepted(checked(data.decode("utf-8"), encodable=True), file.path, offset)
     except UnicodeDecodeError:
         ledger.reject("invalid UTF-8", file.path, offset)
     except Rejected as reason:

@@ -31,7 +31,7 @@ MAX_UNITS = 256
 TEST_BYTES, MAX_TEST_SPLIT = 100_000, 0.05
 """A small language keeps about this much text for evaluation (else it could not be measured), at most this share."""
 
-_SAMPLED_UNITS, _SAMPLED_BYTES, _ENCODED_CHARACTERS = 12, 4 << 20, 150_000
+_SAMPLED_PARTS, _SAMPLED_REMOTE, _SAMPLED_BYTES, _ENCODED_CHARACTERS = 32, 12, 1 << 20, 50_000
 _CHECKED_UNITS, _CHECKED_CHARACTERS = 4, 4000
 _BLOCK, _BLOCKS = 4096, 64
 
@@ -151,39 +151,43 @@ def parse_count(size: str | int, setting: str = "--dataset-size") -> int:
 
 
 def estimated_tokens(units: list[Unit], tokenizer: Tokenizer, txt_documents: str) -> float:
-    """Return about how many tokens the corpus has, from a look into some units of every language.
+    """Return about how many tokens the corpus has, from a look into parts of every language at equal distances.
 
     Two ratios a language: bytes of text for each byte of file (markup, other fields, compression), and tokens for
-    each byte of text, of which a smaller sample will do.
+    each byte of text, of which a smaller sample will do. Of a large compressed file only the beginning is seen.
     """
     total = 0.0
-    for language in {unit.language for unit in units}:
-        mine = [unit for unit in units if unit.language == language]
-        step = max(1, len(mine) // _SAMPLED_UNITS)
-        read = text_bytes = encoded_bytes = tokens = 0
-        for unit in mine[step // 2 :: step]:
-            looked_at, texts, document_bytes = _look_into(unit.parts[0], txt_documents)
+    ends = (tokenizer.bos_id is not None) + (tokenizer.eos_id is not None)
+    for language in sorted({unit.language for unit in units}):
+        mine = [part for unit in units if unit.language == language for part in unit.parts]
+        # On the hub every part looked into is a block of 8 MB to fetch.
+        most = _SAMPLED_REMOTE if is_remote(mine[0].file.path) else _SAMPLED_PARTS
+        step = -(-len(mine) // most)
+        read = text_bytes = documents = encoded_bytes = tokens = 0
+        for part in mine[step // 2 :: step]:
+            looked_at, texts, sizes = _look_into(part, txt_documents)
             read += looked_at
-            text_bytes += document_bytes
+            text_bytes += sum(sizes)
+            documents += len(sizes)
             encoded_bytes += sum(len(text.encode()) for text in texts)
-            tokens += sum(len(ids) + 2 for ids in tokenizer.encode_batch(texts))
+            tokens += sum(len(ids) for ids in tokenizer.encode_batch(texts))
         if encoded_bytes and read:
-            total += sum(unit.bytes for unit in mine) * (text_bytes / read) * (tokens / encoded_bytes)
+            inside = text_bytes * (tokens / encoded_bytes)
+            total += sum(part.bytes for part in mine) / read * (inside + ends * documents)
     return total
 
 
-def _look_into(part: Part, txt_documents: str) -> tuple[int, list[str], int]:
-    """Return (input bytes read, the beginnings of some of their texts, bytes of all their texts)."""
-    ledger, texts, characters, size = Ledger(), list[str](), 0, 0
-    documents = read_documents(part.file, ledger, part.start, part.end, txt_documents)
-    for text in documents:
-        size += len(text.encode())
+def _look_into(part: Part, txt_documents: str) -> tuple[int, list[str], list[int]]:
+    """Return (input bytes read, the beginnings of some of their texts, bytes of each of their texts)."""
+    ledger, texts, characters, sizes = Ledger(), list[str](), 0, list[int]()
+    for text in read_documents(part.file, ledger, part.start, part.end, txt_documents):
+        sizes.append(len(text.encode()))
         if characters < _ENCODED_CHARACTERS:
             texts.append(text[:20_000])
             characters += len(texts[-1])
         if ledger.position >= _SAMPLED_BYTES:
             break
-    return ledger.position, texts, size
+    return ledger.position, texts, sizes
 
 
 def sampled_texts(units: list[Unit], txt_documents: str) -> list[str]:

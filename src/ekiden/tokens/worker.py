@@ -98,11 +98,11 @@ def build_unit(
     note, noted = folder / RECEIPTS / f".{unit.name}.note.tmp", time.monotonic()
     done = {"documents": 0, "tokens": 0}
     for number, (batch, position) in enumerate(batches_of(unit, ledger, settings, cleaner, window)):
-        texts = [text for text, _split in batch]
+        texts = [text for text, _bytes, _split in batch]
         if cache is not None and number == 0:
             check(cache, tokenizer, [text[:CHECKED_CHARACTERS] for text in texts[:CHECKED_TEXTS]])
-        for (text, split), ids in zip(batch, (cache or tokenizer).encode_batch(texts)):
-            writers[split].add(np.concatenate([before, ids.astype(dtype), after]), len(text.encode()))
+        for (_text, text_bytes, split), ids in zip(batch, (cache or tokenizer).encode_batch(texts)):
+            writers[split].add(np.concatenate([before, ids.astype(dtype), after]), text_bytes)
         done = {name: sum(getattr(writer, name) for writer in writers.values()) for name in done}
         if time.monotonic() - noted > NOTE_SECONDS:
             noted = time.monotonic()
@@ -127,15 +127,15 @@ def documents_of(unit: Unit, ledger: Ledger, settings: Settings) -> Iterator[tup
 
 def batches_of(
     unit: Unit, ledger: Ledger, settings: Settings, cleaner: Cleaner, window: Window
-) -> Iterator[tuple[list[tuple[str, str]], int]]:
-    """Yield (list of (text, split) of about BATCH_BYTES, input bytes read), without what the sample leaves out.
+) -> Iterator[tuple[list[tuple[str, int, str]], int]]:
+    """Yield (list of (text, its UTF-8 bytes, split) of about BATCH_BYTES, input bytes read), without what the sample leaves out.
 
     Split and sample go by two independent hashes of the text, so they depend on nothing but the document; the
     documents that a long text is divided into stay together.
     """
     share = settings.test_split[unit.language]
     keep_below = int(settings.keep_fraction * 2**64)
-    batch: list[tuple[str, str]] = []
+    batch: list[tuple[str, int, str]] = []
     size = position = 0
     for text, position in documents_of(unit, ledger, settings):
         data = text.encode()
@@ -145,9 +145,10 @@ def batches_of(
         window.note(data, cleaner.passed - 1, split == "test")
         pieces = divide(text)
         ledger.divided += len(pieces) - 1
+        sizes = [len(data)] if len(pieces) == 1 else [len(piece.encode()) for piece in pieces]
         del text, data
-        for piece in pieces:
-            batch.append((piece, split))
+        for piece, piece_bytes in zip(pieces, sizes):
+            batch.append((piece, piece_bytes, split))
             size += len(piece)
             if size >= BATCH_BYTES:
                 yield batch, position
