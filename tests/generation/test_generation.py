@@ -176,6 +176,14 @@ def test_top_p_keeps_the_smallest_set_of_that_probability(top_p, kept):
     assert (found > 0).nonzero().flatten().tolist() == kept
 
 
+def test_min_p_keeps_what_is_likely_beside_the_likeliest():
+    # Shares of the likeliest one's probability: token 1 1, 3 .368, 0 .223, 4 .135, 2 .050.
+    for min_p, kept in ((1.0, [1]), (0.3, [1, 3]), (0.2, [0, 1, 3]), (0.0, [0, 1, 2, 3, 4])):
+        assert (draws(LOGITS, min_p=min_p) > 0).nonzero().flatten().tolist() == kept
+    # The stricter of the two decides.
+    assert (draws(LOGITS, min_p=0.1, top_p=0.6) > 0).nonzero().flatten().tolist() == [1, 3]
+
+
 def test_repetition_penalty_moves_both_signs_down():
     found = draws(LOGITS, seen=[1, 2], repetition_penalty=2.0, count=8000)
     expected = torch.softmax(torch.tensor([0.5, 1.0, -2.0, 1.0, 0.0]), 0)
@@ -198,6 +206,7 @@ def test_a_certain_token_is_certain():
         ("top_p", 0.0),
         ("top_p", 1.1),
         ("repetition_penalty", 0.0),
+        ("min_p", 1.5),
     ],
 )
 def test_settings_out_of_range(setting, value):
