@@ -70,12 +70,16 @@ window.ekiden = (() => {
       yaxis2: { overlaying: "y", range: [0, 1], visible: false, fixedrange: true },
     }), options);
     drawn.add(chart.id);
+    document.documentElement.dataset.drawn ||= String(Math.round(performance.now()));
   }
 
+  const BARS = { "mixture-chart": mixtureBars, "time-chart": timeBars };
   const observer = new IntersectionObserver(entries => entries.forEach(entry => {
+    if (!entry.isIntersecting || !waiting.delete(entry.target.id)) return;
     const chart = CHARTS.find(c => `chart-${c.id}` === entry.target.id);
-    if (entry.isIntersecting && waiting.delete(chart.id)) draw(chart);
-  }), { rootMargin: "200px" });
+    if (chart) draw(chart);
+    else { BARS[entry.target.id](); drawn.add(entry.target.id); }
+  }), { rootMargin: "100px" });
 
   function build() {
     const parent = document.getElementById("charts");
@@ -89,8 +93,12 @@ window.ekiden = (() => {
       plot.className = "plot"; plot.id = `plot-${chart.id}`;
       box.append(heading, plot);
       parent.append(box);
-      waiting.add(chart.id);
+      waiting.add(box.id);
       observer.observe(box);
+    }
+    for (const id of Object.keys(BARS)) {
+      waiting.add(id);
+      observer.observe(document.getElementById(id));
     }
   }
 
@@ -103,22 +111,31 @@ window.ekiden = (() => {
       document.getElementById(`chart-${chart.id}`).hidden = traces(chart).length === 0;
       if (drawn.has(chart.id)) draw(chart);
     }
-    bars();
+    document.getElementById("mixture-section").hidden = runs.length !== 1 || !runs[0].mixture.length;
+    for (const id of Object.keys(BARS)) if (drawn.has(id)) BARS[id]();
     if (window.ekidenTables) window.ekidenTables(runs);
   }
 
-  function bars() {
+  const bar = (name, y, x, i, more) => ({ type: "bar", orientation: "h", name, y, x, marker: { color: colour(i) }, ...more });
+
+  function barLayout(id, rows, rowHeight, more) {
+    const top = narrow.matches ? 92 : 44, height = top + 48 + rowHeight * rows;
+    document.getElementById(id).style.height = `${height}px`;
+    return layout({ height, margin: { l: 12, r: 18, t: top, b: 40 }, legend: { orientation: "h", y: 1, yanchor: "bottom", traceorder: "normal", font: { size: 11 } },
+      yaxis: { autorange: "reversed", automargin: true, fixedrange: true, ticksuffix: " " }, ...more });
+  }
+
+  function mixtureBars() {
+    const mixture = runs.length === 1 ? runs[0].mixture : [], names = mixture.map(m => m.language);
+    if (!mixture.length) return;
+    const percent = { hovertemplate: "%{y}: %{x:.1%}" };
+    Plotly.react("mixture-chart", [bar("planned", names, mixture.map(m => m.planned), 7, percent), bar("seen", names, mixture.map(m => m.seen), 0, percent)],
+      barLayout("mixture-chart", names.length, 40, { barmode: "group", xaxis: { tickformat: ".0%", rangemode: "tozero" } }), options);
+  }
+
+  function timeBars() {
     const run = runs.length === 1 ? runs[0] : null;
-    const mixture = run ? run.mixture : [];
-    document.getElementById("mixture-section").hidden = !mixture.length;
-    const bar = (name, y, x, i, more) => ({ type: "bar", orientation: "h", name, y, x, marker: { color: colour(i) }, ...more });
-    if (mixture.length) {
-      const names = mixture.map(m => m.language), percent = { hovertemplate: "%{y}: %{x:.1%}" };
-      Plotly.react("mixture-chart", [bar("planned", names, mixture.map(m => m.planned), 7, percent), bar("seen", names, mixture.map(m => m.seen), 0, percent)],
-        layout({ barmode: "group", height: 90 + 46 * names.length, margin: { l: 12, r: 18, t: 10, b: 30 }, legend: { orientation: "h", y: -.2, yanchor: "top" },
-          xaxis: { tickformat: ".0%", rangemode: "tozero" }, yaxis: { autorange: "reversed", automargin: true, fixedrange: true } }), options);
-    }
-    const sessions = run ? run.sessions.map((s, i) => [s, `session ${i + 1}`]) : runs.flatMap(r => r.sessions.map((s, i) => [s, `${r.name} ${i + 1}`]));
+    const sessions = runs.flatMap(r => r.sessions.map((s, i) => [s, run ? `session ${i + 1}` : `${r.name} ${i + 1}`]));
     const shown = sessions.slice(-30), labels = shown.map(([, label]) => label), kinds = ["starting", "training", "evaluation", "samples", "saving"];
     const seconds = (s, kind) => s.seconds[kind] || 0;
     const rest = shown.map(([s]) => Math.max(0, (s.seconds.total || s.ended - s.began) - kinds.reduce((sum, k) => sum + seconds(s, k), 0)));
@@ -127,9 +144,8 @@ window.ekiden = (() => {
     const list = kinds.map((kind, i) => bar(kind, labels, shown.map(([s]) => seconds(s, kind)), [3, 0, 2, 4, 1][i], hover));
     list.push(bar("other or not recorded", labels, rest, 7, hover));
     if (away.some(v => v > 0)) list.push(bar("waiting for the next session", labels, away, 5, { ...hover, visible: "legendonly" }));
-    Plotly.react("time-chart", list, layout({ barmode: "stack", height: 130 + 30 * shown.length, margin: { l: 12, r: 18, t: 10, b: 30 },
-      legend: { orientation: "h", y: -.25, yanchor: "top", font: { size: 11 } }, xaxis: { title: { text: "seconds", font: { size: 11 } }, rangemode: "tozero" },
-      yaxis: { autorange: "reversed", automargin: true, fixedrange: true } }), options);
+    Plotly.react("time-chart", list, barLayout("time-chart", shown.length, 30,
+      { barmode: "stack", xaxis: { title: { text: "seconds", font: { size: 11 }, standoff: 4 }, rangemode: "tozero" } }), options);
   }
 
   const again = () => { if (runs.length) show(runs); };

@@ -9,7 +9,6 @@
     script.textContent = await new Response(stream).text();
     document.head.append(script);
     show();
-    document.documentElement.dataset.ready = String(Math.round(performance.now()));
   } catch (error) {
     window.ekidenTables(JSON.parse(document.getElementById("data").textContent));
     document.getElementById("charts").textContent = `The curves need a browser of 2023 or later (${error}).`;

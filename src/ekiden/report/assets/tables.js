@@ -91,8 +91,8 @@ window.ekidenTables = (() => {
       s.hardware.processes > 1 ? `${s.hardware.processes} processes` : "", s.hardware.system].filter(Boolean).join(", ");
     const same = s => s.level ? s.level + (s.differing.length ? ": " + s.differing.join("; ") : "") : "–";
     table("sessions", [["session", s => s.label], ["steps", s => `${whole(s.first_step)} – ${whole(s.last_step)}`], ["began (UTC)", s => when(s.began)], ["lasted", s => duration(s.ended - s.began)],
-      ["ended", s => s.status ? [s.reason ? `${s.status}: ${s.reason}` : s.status, s.status === "failed" ? "bad" : ""] : "not yet"], ["device", device], ["precision", s => s.environment.precision || "–"],
-      ["sameness at resume", same], ["machine", hardware], ["versions", s => Object.entries(s.versions).map(([n, v]) => `${n} ${v}`).join(", ")],
+      ["ended", s => s.status ? [s.reason ? `${s.status}: ${s.reason}` : s.status, s.status === "failed" ? "bad" : ""] : "not yet"], ["device", device, "long"], ["precision", s => s.environment.precision || "–"],
+      ["sameness at resume", same], ["machine", hardware, "long"], ["versions", s => Object.entries(s.versions).map(([n, v]) => `${n} ${v}`).join(", "), "long"],
       ["changed settings", s => Object.entries(s.changed).map(([n, [a, b]]) => `${n}: ${a} → ${b}`).join("; ") || "–"]], rows, "none");
   }
 
