@@ -119,7 +119,7 @@ window.ekiden = (() => {
   const bar = (name, y, x, i, more) => ({ type: "bar", orientation: "h", name, y, x, marker: { color: colour(i) }, ...more });
 
   function barLayout(id, rows, rowHeight, more) {
-    const top = narrow.matches ? 92 : 44, height = top + 48 + rowHeight * rows;
+    const top = narrow.matches && id === "time-chart" ? 160 : 44, height = top + 48 + rowHeight * rows;
     document.getElementById(id).style.height = `${height}px`;
     return layout({ height, margin: { l: 12, r: 18, t: top, b: 40 }, legend: { orientation: "h", y: 1, yanchor: "bottom", traceorder: "normal", font: { size: 11 } },
       yaxis: { autorange: "reversed", automargin: true, fixedrange: true, ticksuffix: " " }, ...more });
