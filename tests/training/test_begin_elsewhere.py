@@ -46,11 +46,13 @@ def checkpoint_of(run: Path, step: int) -> Path:
 # -- whole checkpoints -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("preset", ["gemma3-tiny", "gpt2-10m"])
+@pytest.mark.parametrize(
+    ("preset", "optimizer"), [("gemma3-tiny", "adamw"), ("gpt2-10m", "adamw"), ("gpt2-10m", "muon")]
+)
 def test_a_run_resumed_from_any_format_is_the_uninterrupted_one(
-    settings: Settings, tmp_path: Path, preset: str
+    settings: Settings, tmp_path: Path, preset: str, optimizer: str
 ) -> None:
-    train(settings(8, preset))
+    train(settings(8, preset, optimizer=optimizer))
     whole = outcome(tmp_path / "run")
     folder = checkpoint_of(tmp_path / "run", 3)
     json_file = convert_checkpoint(folder, tmp_path / "x.json", test_load=True).path
@@ -58,7 +60,8 @@ def test_a_run_resumed_from_any_format_is_the_uninterrupted_one(
     back = convert_checkpoint(pt_file, tmp_path / "back", test_load=True).path
     for number, source in enumerate((folder, json_file, pt_file, back)):
         run = tmp_path / f"again{number}"
-        result = train(settings(8, preset, output_dir=str(run), resume_from=str(source)))
+        again = settings(8, preset, optimizer=optimizer, output_dir=str(run), resume_from=str(source))
+        result = train(again)
         assert (result.status, result.step) == ("completed", 8)
         [resume] = events(run, "resume")
         assert (resume["step"], resume["level"]) == (3, "L1")
