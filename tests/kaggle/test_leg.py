@@ -114,6 +114,19 @@ def test_a_leg_has_no_need_of_an_installed_package(settings: LegSettings, go: Ca
     assert session.verdict()["reason"] == "time limit" and session.verdict()["step"] == 1
 
 
+@pytest.mark.slow
+def test_two_gpus_are_two_ranks(settings: LegSettings, go: Callable[..., Session]) -> None:
+    """Both on the CPU here: what is tried is torchrun, the deadline and the verdict."""
+    first = go({**settings, "gpus": 2, "seconds": 75}, python=sys.executable, faults=Faults(gpus=2))
+    assert first.verdict()["status"] == "paused", first.log
+    assert first.verdict()["reason"] == "time limit"
+    later = {**following(settings, first), "gpus": 2}
+    second = go(later, previous=first.working, python=sys.executable, faults=Faults(gpus=2))
+    assert second.verdict()["status"] == "completed", second.log
+    # 2 ranks of 4 samples of 32 tokens, 20 steps.
+    assert second.verdict()["tokens"] == 2 * 4 * 32 * 20
+
+
 def test_without_a_gpu_a_leg_ends_at_once_with_the_checkpoint_carried(
     settings: LegSettings, go: Callable[..., Session]
 ) -> None:

@@ -95,7 +95,7 @@ def test_a_notebook_is_valid_and_explains_itself(tmp_path: Path, package: str) -
     values: dict[str, Any] = {}
     exec(source(cells[1]), values)  # noqa: S102
     assert values["CORPUS"] == ["me/some-corpus-1"] and values["PROMPTS"] == ["a'b"] and values["GPUS"] == 2
-    assert values["RECIPE"] == "\npreset: gemma3-tiny\nmax_steps: 489  # 1M tokens\n"
+    assert values["RECIPE"] == "\npreset: gemma3-tiny\nmax_steps: 245  # 1M tokens\n"
     with pytest.raises(UsageError, match=r"must end in \.ipynb"):
         write_notebook("gemma3-tiny", tmp_path / "train.py", corpus=[])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import random
@@ -21,10 +22,10 @@ from stand_in import HttpFault, SessionFault, StandIn, copy_datasets
 
 from ekiden.errors import UserError
 from ekiden.kaggle import relay as relays
-from ekiden.kaggle.client import Kaggle, KaggleError
+from ekiden.kaggle.client import Kaggle, KaggleError, Quota
 from ekiden.kaggle.relay import Patience, run_relay
 from ekiden.kaggle.results import describe, load_relay, pull
-from ekiden.kaggle.state import RelayState
+from ekiden.kaggle.state import Attempt, RelaySettings, RelayState
 from ekiden.training.history import read_history
 
 POLL = 0.1
@@ -64,9 +65,10 @@ def starts(run: Path) -> int:
     return sum(record.get("event") in ("start", "resume") for record in read_history(run / "history.jsonl"))
 
 
-def test_five_legs_with_faults_are_one_run(
+def test_three_legs_with_faults_are_one_run(
     start: Callable[..., RelayState], ready: StandIn, reference: Outcome, tmp_path: Path, kaggle: Kaggle
 ) -> None:
+    ready.steps_a_leg = 7
     ready.session_faults = [
         SessionFault(),
         SessionFault(Faults(gpus=0)),
@@ -79,8 +81,8 @@ def test_five_legs_with_faults_are_one_run(
     state = start()
     whole(tmp_path / "relay" / "run", reference)
     outcomes = [attempt.outcome for attempt in state.attempts]
-    assert outcomes == ["paused", "no-gpu", "lost", "paused", "lost", "paused", "paused", "completed"]
-    assert [attempt.leg for attempt in state.attempts] == [1, 2, 2, 2, 3, 3, 4, 5]
+    assert outcomes == ["paused", "no-gpu", "lost", "paused", "lost", "completed"]
+    assert [attempt.leg for attempt in state.attempts] == [1, 2, 2, 2, 3, 3]
     # Pushes whose answer was lost were found, not made again.
     assert len(ready.versions()) == len(state.attempts)
     table = describe(load_relay(tmp_path / "relay"), kaggle.quota())
@@ -257,6 +259,11 @@ def test_what_waiting_does_not_mend_ends_with_a_sentence(
         UserError, match=r"leg 1 was pushed 2 times without progress .*no-gpu: 0 GPUs found, 1 needed"
     ):
         start()
+    # Started again, it does not stop for what it stopped for before.
+    ready.session_faults = [SessionFault(Faults(gpus=0)), SessionFault(Faults(gpus=0))]
+    with pytest.raises(UserError, match="leg 1 was pushed 2 times without progress"):
+        start()
+    assert len(load_relay(tmp_path / "relay").attempts) == 4
     recipe = tmp_path / "tiny.yaml"
     recipe.write_text(recipe.read_text().replace("hidden_size: 32", "hidden_size: 48"))
     with pytest.raises(
@@ -270,6 +277,33 @@ def test_what_waiting_does_not_mend_ends_with_a_sentence(
         start()
     with pytest.raises(UserError, match="--leg-time must be at most 11h50m"):
         start(leg_seconds=43_200)
+
+
+def test_what_is_left_is_counted_in_sessions_and_days() -> None:
+    settings = RelaySettings("tiny", "", ["me/tiny-1"], "f", 2, "NvidiaTeslaT4", 1000, 128)
+    state = RelayState("id", "me", settings)
+    for number in (1, 2):
+        verdict = {"step": 100 * number, "steps_done": 100, "tokens": 12_800, "loss": 3.0, "seconds": 36_000}
+        state.attempts.append(
+            Attempt(
+                number,
+                "tiny-a",
+                None,
+                36_000,
+                state="ended",
+                outcome="paused",
+                progress=True,
+                verdict=verdict,
+            )
+        )
+    state.good = [{"ref": "me/tiny-a", "leg": 2, "step": 200, "tokens": 25_600}]
+    later = datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=3)
+    # 8 sessions of 10 hours are 80: 20 of this week's 30, and after 3 days 30, 30 more after another week.
+    table = describe(state, Quota(used=36_000, allowed=108_000, refresh=later))
+    assert "step 200 of 1000, 25.6k tokens" in table
+    assert "about 8 more session(s), 11.2 days" in table
+    assert "quota: 10h00m of 30h00m used" in table
+    assert "about 8 more session(s), 3.3 days" in describe(state, None)
 
 
 def test_nothing_secret_is_pushed_or_shown(

@@ -24,8 +24,8 @@ Result = TypeVar("Result")
 
 TIMEOUT_SECONDS = 120.0
 """Of one request; the client itself would wait for ever on a connection that died."""
-FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS, TRIES = 2.0, 300.0, 12
-"""Between tries of a request that failed in passing: 2 s, then twice as long, about 25 minutes together."""
+FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS, TRIES = 2.0, 300.0, 60
+"""Between tries of a request that failed in passing: 2 s, then twice as long up to 5 minutes, 4 hours together."""
 
 
 class KaggleError(UserError):

@@ -15,7 +15,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ekiden.config import field_types
 from ekiden.errors import UserError
 from ekiden.kaggle import leg
 from ekiden.progress import human_count, human_duration
@@ -98,9 +97,8 @@ def train(
     run.mkdir(parents=True, exist_ok=True)
     (run / "result.json").unlink(missing_ok=True)
     source = next(iter(leg.checkpoints_of(run)), None)
-    flags = ["--devices", str(gpus)] if gpus > 1 and "devices" in field_types() else []
     left = hours * 3600 - (time.time() - began)
-    process = leg.start(leg.train_command(path, dataset, run, flags), left, scratch, None, log)
+    process = leg.start(leg.train_command(path, dataset, run, gpus), left, scratch, None, log)
     plot, deadline = LossPlot(run), time.monotonic() + left + 600
     while process.poll() is None:
         plot.draw()

@@ -326,10 +326,11 @@ def install_package(scratch: Path, package: str) -> Path | None:
 # -- training -----------------------------------------------------------------------------------------------------
 
 
-def train_command(recipe: Path, dataset: Path, run: Path, flags: Iterable[str] = ()) -> list[str]:
-    """Return the command that trains; `--max-time` is added when it is started."""
+def train_command(recipe: Path, dataset: Path, run: Path, gpus: int, flags: Iterable[str] = ()) -> list[str]:
+    """Return the command that trains, under torchrun where there are several GPUs; `start` adds `--max-time`."""
+    several = ["torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}", "-m"] if gpus > 1 else []
     places = ["--dataset-path", str(dataset), "--output-dir", str(run)]
-    return [sys.executable, "-u", "-m", "ekiden", "train", str(recipe), *places, *flags]
+    return [sys.executable, "-u", "-m", *several, "ekiden", "train", str(recipe), *places, *flags]
 
 
 def start(
@@ -364,7 +365,8 @@ def wait(process: subprocess.Popen[bytes], seconds: float, grace: float) -> int:
         except subprocess.TimeoutExpired:
             say(f"training has overrun its time; sending {number.name}")
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, number)
+                # Only once to each: a second signal ends training without a checkpoint, and torchrun passes it on.
+                os.kill(process.pid, number) if number == signal.SIGTERM else os.killpg(process.pid, number)
     return process.wait()
 
 
@@ -436,9 +438,9 @@ def run_leg(settings: dict[str, Any], root: Path, verdict: dict[str, Any]) -> No
     recipe.write_text(settings["recipe"], encoding="utf-8")
     (run / "result.json").unlink(missing_ok=True)
     # 90 % of the output for checkpoints, as `training.rundir` would give; best/ and final_model/ take the rest.
-    flags = [*settings.get("flags", ()), "--checkpoint-budget", str(int(0.8 * settings["output_bytes"]))]
+    flags = ["--checkpoint-budget", str(int(0.8 * settings["output_bytes"]))]
     left = settings["seconds"] - (time.monotonic() - BEGAN)
-    process = start(train_command(recipe, dataset, run, flags), left, scratch, package)
+    process = start(train_command(recipe, dataset, run, settings["gpus"], flags), left, scratch, package)
     code = wait(process, left, settings["grace"])
     verdict |= judge(run, code, source)
     say(f"{verdict['status']} at step {verdict['step']}: {verdict['reason']}")

@@ -115,8 +115,8 @@ run = interactive.take_up()
 
 TRAIN_TEXT = """
 ## Training
-`ekiden train` runs as a process of its own; what it prints is in `train.log`. The curve is drawn anew every minute: the
-training loss, and the loss of each language's test split.
+`ekiden train` runs as a process of its own, one for each GPU under torchrun; what it prints is in `train.log`. The curve is
+drawn anew every minute: the training loss, and the loss of each language's test split.
 """
 TRAIN = """
 verdict = interactive.train(RECIPE, dataset, run, hours=HOURS, gpus=GPUS, began=BEGAN)
@@ -174,7 +174,7 @@ def write_notebook(
         raise UsageError(f"--output {output} must end in .ipynb")
     value = notebook(
         title or output.stem,
-        recipe_text(recipe, token_budget),
+        recipe_text(recipe, token_budget, gpus),
         corpus,
         gpus,
         vocab_size,
@@ -186,7 +186,7 @@ def write_notebook(
     return output
 
 
-def recipe_text(recipe: str | None, token_budget: str | None) -> str:
+def recipe_text(recipe: str | None, token_budget: str | None, gpus: int) -> str:
     """Return the recipe as a person would write it: the preset's name or the file's text, and the budget's steps."""
     config = build_config(recipe)
     text = f"preset: {config.preset}\n"
@@ -199,9 +199,8 @@ def recipe_text(recipe: str | None, token_budget: str | None) -> str:
             raise UsageError(
                 f"--token-budget must be a count such as 500M or 2B, not {token_budget!r}"
             ) from None
-        steps = math.ceil(
-            tokens / (config.batch_size * config.gradient_accumulation_steps * config.max_length)
-        )
+        samples = config.batch_size * config.gradient_accumulation_steps * max(1, gpus)
+        steps = math.ceil(tokens / (samples * config.max_length))
         text = re.sub(r"(?m)^max_steps:.*\n", "", text) + f"max_steps: {steps}  # {token_budget} tokens\n"
     return text
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ekiden.config import build_config, field_types, to_yaml
+from ekiden.config import build_config, to_yaml
 from ekiden.errors import UsageError, UserError
 from ekiden.kaggle.client import Ambiguous, Kaggle, KaggleError
 from ekiden.kaggle.launcher import render
@@ -70,7 +70,9 @@ def settings_of(
         UsageError: a recipe, name or budget that cannot be used.
     """
     config = build_config(recipe)
-    tokens_per_step = config.batch_size * config.gradient_accumulation_steps * config.max_length
+    # The global batch is that of all ranks together.
+    samples = config.batch_size * config.gradient_accumulation_steps * max(1, gpus)
+    tokens_per_step = samples * config.max_length
     if token_budget:
         try:
             config.max_steps = math.ceil(to_int(token_budget) / tokens_per_step)
@@ -139,7 +141,7 @@ def check_same(settings: RelaySettings, recipe: str, corpus: list[str], token_bu
     Raises:
         UserError: it differs.
     """
-    asked = settings_of(recipe, settings.name, settings.corpus, "", 0, "", token_budget).recipe
+    asked = settings_of(recipe, settings.name, [], "", settings.gpus, "", token_budget).recipe
     if asked != settings.recipe:
         then, wanted = settings.recipe.splitlines(), asked.splitlines()
         line = next((f"{a} then, {b} now" for a, b in zip(then, wanted) if a != b), "another length")
@@ -221,6 +223,7 @@ class Relay:
         last = fruitless[-1]
         same = [a for a in fruitless if a.outcome == "failed" and a.reason == last.reason]
         if last.outcome == "failed" and len(same) >= 2:
+            self._forgive()
             raise UserError(
                 f"leg {last.leg} failed twice: {last.reason}; mend that and start the relay again"
             )
@@ -231,11 +234,16 @@ class Relay:
                 f"the output of leg {given_up['leg']} cannot be mounted: going back to step {self.state.good[-1]['step']}"
             )
             self._save()
-        elif len(fruitless) % MAX_FRUITLESS == 0:
+        elif len(fruitless) >= MAX_FRUITLESS:
+            self._forgive()
             reasons = "; ".join(f"{a.outcome}: {a.reason}" for a in fruitless[-3:])
             raise UserError(f"leg {last.leg} was pushed {len(fruitless)} times without progress ({reasons})")
         else:
             self.patience.wait(self.patience.poll)
+
+    def _forgive(self) -> None:
+        self.state.forgiven = len(self.state.attempts)
+        self._save()
 
     def _affordable_seconds(self) -> int:
         """Return how long the next leg may run; wait for the week's new quota where too little is left."""
@@ -375,7 +383,6 @@ class Relay:
 def leg_settings(state: RelayState, attempt: Attempt) -> dict[str, Any]:
     """Return the settings that travel in a leg's file; nothing secret is among them."""
     settings = state.settings
-    several = ["--devices", str(settings.gpus)] if settings.gpus > 1 and "devices" in field_types() else []
     return {
         "relay": state.id,
         "leg": attempt.leg,
@@ -385,7 +392,6 @@ def leg_settings(state: RelayState, attempt: Attempt) -> dict[str, Any]:
         "previous": attempt.source["ref"] if attempt.source else "",
         "expected": attempt.source,
         "recipe": settings.recipe,
-        "flags": several,
         "gpus": settings.gpus,
         "seconds": attempt.seconds,
         "grace": GRACE_SECONDS,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 import shutil
 import time
@@ -144,6 +145,7 @@ def _days(hours: float, quota: Quota | None) -> float:
     left, weekly = quota.left / 3600, quota.allowed / 3600
     if hours <= left:
         return hours / 24
-    weeks, rest = divmod(hours - left, weekly)
+    weeks = math.ceil((hours - left) / weekly) - 1
+    rest = hours - left - weeks * weekly
     until = max(0.0, (quota.refresh.timestamp() - time.time()) / 86_400)
     return until + 7 * weeks + rest / 24

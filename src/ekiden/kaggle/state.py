@@ -71,7 +71,8 @@ class Attempt:
 class RelayState:
     """Everything in `relay.json`.
 
-    good: outputs that a leg can start from, oldest first: {"ref", "leg", "step", "tokens", "manifest_sha256"}.
+    good: outputs that a leg can start from, oldest first: {"ref", "leg", "step", "tokens", "manifest_sha256"}. forgiven:
+    number of sessions for whose failures the relay has stopped before; started again, it tries as often again.
     """
 
     id: str
@@ -80,6 +81,7 @@ class RelayState:
     attempts: list[Attempt] = field(default_factory=list)
     good: list[dict[str, Any]] = field(default_factory=list)
     completed: bool = False
+    forgiven: int = 0
 
     @property
     def current(self) -> Attempt | None:
@@ -88,10 +90,10 @@ class RelayState:
 
     @property
     def fruitless(self) -> list[Attempt]:
-        """The sessions that ended since the last progress."""
+        """The sessions that ended since the last progress, or since the relay last stopped for want of it."""
         ended = [attempt for attempt in self.attempts if attempt.state == "ended"]
         last = max((number for number, attempt in enumerate(ended, 1) if attempt.progress), default=0)
-        return ended[last:]
+        return ended[max(last, self.forgiven) :]
 
     def ref(self, slug: str) -> str:
         """Return owner/slug of one of the relay's scripts."""

@@ -7,9 +7,10 @@ itself stays the authority on the ids of its models.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -93,11 +94,28 @@ class SentencePieceTokenizer(Tokenizer):
         self.pad_id, self.unk_id = _or_none(self.processor.pad_id()), _or_none(self.processor.unk_id())
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        # The library's default is a thread for every core, in every worker.
-        return self.processor.encode(texts, return_type="numpy", num_threads=1) if texts else []
+        return encode_texts(self.processor, texts) if texts else []
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.processor.decode([int(i) for i in ids])
+
+
+def encode_texts(processor: Any, texts: Sequence[str]) -> list[np.ndarray]:
+    """Return the ids of each text by a SentencePieceProcessor, on one thread: its default is one for every core, in every
+    worker.
+
+    Up to sentencepiece 0.2.1, which Kaggle's image has, ids come as lists only.
+    """
+    if _returns_numpy():
+        return list(processor.encode(texts, return_type="numpy", num_threads=1))
+    return [np.array(ids, dtype=np.int32) for ids in processor.encode(texts, out_type=int, num_threads=1)]
+
+
+@cache
+def _returns_numpy() -> bool:
+    import sentencepiece
+
+    return "return_type" in inspect.signature(sentencepiece.SentencePieceProcessor.encode).parameters
 
 
 class HuggingFaceTokenizer(Tokenizer):

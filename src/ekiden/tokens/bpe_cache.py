@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from ekiden.tokenizer.load import SENTENCEPIECE_FILE, SentencePieceTokenizer, Tokenizer
+from ekiden.tokenizer.load import SENTENCEPIECE_FILE, SentencePieceTokenizer, Tokenizer, encode_texts
 
 SPACE, ESCAPED = " ", "\u2581"
 _NORMAL, _USER_DEFINED, _UNUSED = 1, 4, 5  # the types of pieces that text can become
@@ -188,13 +188,13 @@ class BpeCache:
         """
         if self._separator is not None:
             character, number = self._separator
-            parts = self._inner.encode(_joined(units, character), return_type="numpy", num_threads=1)
+            parts = encode_texts(self._inner, _joined(units, character))
             ids = np.concatenate(parts)
             at = np.flatnonzero(ids == number)
             if len(at) == len(units):
                 return ids, np.stack([at, at + 1], axis=1)
         # No separator, or the text itself holds it.
-        parts = self._inner.encode([unit.decode() for unit in units], return_type="numpy", num_threads=1)
+        parts = encode_texts(self._inner, [unit.decode() for unit in units])
         at = np.cumsum([len(part) for part in parts])
         return np.concatenate(parts), np.stack([at, at], axis=1)
 
