@@ -59,7 +59,7 @@ class TrainConfig:
     """Linear position scaling of Gemma 3's global layers (8 for the 4B shape)."""
     max_length: int = 512
     """Tokens in one sample, and the context length the model is trained for."""
-    initialization: Literal["huggingface", "scaled"] = "huggingface"
+    initialization: Literal["huggingface", "scaled"] = "scaled"
     """Weights at step 0: transformers' own, or scaled so that every block starts quiet beside the residual stream."""
 
     # The order of the data
@@ -91,19 +91,23 @@ class TrainConfig:
     """Stop and save before this much time has passed since the process began: 11h30m, 45m, 90s. Empty: no limit."""
 
     # The optimizer
-    optimizer: Literal["adamw", "muon"] = "adamw"
+    optimizer: Literal["adamw", "muon"] = "muon"
     """adamw for every parameter, or muon for the matrices of the blocks and AdamW for the rest."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 0.012
     """Peak learning rate of AdamW; with muon of vectors, and of the embedding times sqrt(256 / hidden_size)."""
     matrix_learning_rate: float = 0.02
     """Peak learning rate of muon's matrices, the same for every width."""
     muon_momentum: float = 0.95
     """Muon's decay of the momentum."""
-    schedule: Literal["cosine", "wsd"] = "cosine"
+    schedule: Literal["cosine", "wsd"] = "wsd"
     """Learning rate after the warm-up: cosine, or wsd: constant, then a line down over the last decay_ratio of the run."""
-    decay_ratio: float = 0.2
+    decay_ratio: float = 0.6
     """Share of the run's steps in which wsd decays."""
-    min_learning_rate_ratio: float = 0.1
+    decay_from: str = ""
+    """A run or checkpoint to go on from while the learning rate falls to its end: what closes a wsd run at any time."""
+    decay_steps: int = 0
+    """Steps of decay_from's decay, which then decide the length of the run; 0: a quarter of the steps done before."""
+    min_learning_rate_ratio: float = 0.0
     """Learning rate at the last step, as a share of the peak."""
     warmup_steps: int = 100
     """Steps of linear warm-up from 0; at most a tenth of the run is used."""
@@ -200,7 +204,8 @@ RESUME_FREE = frozenset(
     "sample_steps sample_prompts sample_tokens save_steps max_checkpoints checkpoint_budget background_save "
     "mirror checkpoint_format resume_from init_from max_bad_steps max_rollbacks report use_wandb trackers wandb_project "
     "batch_size gradient_accumulation_steps learning_rate min_learning_rate_ratio loss_chunk_size "
-    "devices parallel elastic_exact rank_timeout max_restarts matrix_learning_rate schedule decay_ratio".split()
+    "devices parallel elastic_exact rank_timeout max_restarts matrix_learning_rate schedule decay_ratio "
+    "decay_from decay_steps".split()
 )
 """May change on resume; the change is recorded in the history. `batch_size` and `gradient_accumulation_steps` may
 only change together so that the global batch stays; `training.state` checks that. `dataset_path` may move, its
@@ -371,9 +376,7 @@ def validate(config: TrainConfig) -> TrainConfig:
     for name in positive.split():
         if getattr(config, name) <= 0:
             raise UsageError(f"--{name.replace('_', '-')} must be above 0, not {getattr(config, name)}")
-    for (
-        name
-    ) in "max_steps epochs eval_steps eval_tokens sample_steps save_steps warmup_steps weight_decay".split():
+    for name in "max_steps epochs eval_steps eval_tokens sample_steps save_steps warmup_steps weight_decay decay_steps".split():
         if getattr(config, name) < 0:
             raise UsageError(f"--{name.replace('_', '-')} must not be negative, not {getattr(config, name)}")
     if config.max_checkpoints < 2:
@@ -391,6 +394,10 @@ def validate(config: TrainConfig) -> TrainConfig:
             )
     if config.max_steps == 0 and config.epochs == 0:
         raise UsageError("one of --max-steps and --epochs must be above 0")
+    if config.decay_from and (config.init_from or config.resume_from != "auto"):
+        raise UsageError(
+            "--decay-from already says where the run goes on; leave --init-from and --resume-from out"
+        )
     if config.init_from and config.resume_from != "auto":
         raise UsageError(
             "--init-from begins at step 0 and --resume-from goes on where the other ended; give one of them"

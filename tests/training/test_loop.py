@@ -133,7 +133,8 @@ def test_resume_says_that_it_is_bit_exact(
         ({"max_length": 16}, "--max-length 16"),
         ({"batch_size": 8}, "global batch of 8 samples, but this run began with 4"),
         ({"temperature": 1.0}, "--temperature 1.0"),
-        ({"initialization": "scaled"}, "--initialization scaled"),
+        ({"initialization": "huggingface"}, "--initialization huggingface"),
+        ({"optimizer": "adamw"}, "--optimizer adamw"),
         ({"weight_decay": 0.0}, "--weight-decay 0.0"),
     ],
 )

@@ -281,7 +281,7 @@ class Trainer:
         else:
             gradients = [p.grad for p in self.state.model.parameters() if p.grad is not None]
             self.ranks.sum_([*gradients, loss])
-        rate = learning_rate(counters.step, config, self.start.max_steps)
+        rate = learning_rate(counters.step, config, self.start.max_steps, counters.decay)
         update = functools.partial(
             apply_update, self.state.optimizer, loss, rate, config.max_grad_norm, self.state.scaler
         )
@@ -455,7 +455,7 @@ class Trainer:
             "train",
             counters.step,
             loss=loss,
-            learning_rate=learning_rate(counters.step - 1, self.config, self.start.max_steps),
+            learning_rate=learning_rate(counters.step - 1, self.config, self.start.max_steps, counters.decay),
             grad_norm=float(figures.grad_norm),
             samples=counters.step * counters.global_batch,
             tokens=counters.tokens,

@@ -8,6 +8,7 @@ in a checkpoint.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -91,7 +92,9 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate * group.get("lr_ratio", 1.0)
 
 
-def learning_rate(step: int, config: TrainConfig, max_steps: int) -> float:
+def learning_rate(
+    step: int, config: TrainConfig, max_steps: int, decay: Sequence[float] | None = None
+) -> float:
     """Return the learning rate of `step` (0-based) in a run of `max_steps` steps.
 
     Linear warm-up over `warmup_steps` (at most a tenth of the run), then one of
@@ -100,15 +103,22 @@ def learning_rate(step: int, config: TrainConfig, max_steps: int) -> float:
       2017, arXiv:1608.03983);
     * `wsd`: the peak, then a line down to that share over the last `decay_ratio` of the run (Hu et al. 2024,
       arXiv:2404.06395; Hägele et al. 2024, arXiv:2405.18392).
+
+    Args:
+        decay: (first step, steps, learning rate there) of a decay begun by `--decay-from`: from that step on a line
+            down from that rate, whatever the schedule was before.
     """
+    floor = config.min_learning_rate_ratio
+    if decay and step >= decay[0]:
+        first, steps, peak = decay
+        return peak * (floor + (1 - floor) * max(0.0, first + steps - step) / steps)
     warmup = min(config.warmup_steps, max_steps // 10)
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup
-    floor = config.min_learning_rate_ratio
     if config.schedule == "cosine":
         progress = min(1.0, (step - warmup) / max(1, max_steps - 1 - warmup))
         return config.learning_rate * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
-    decay = max(1.0, min(config.decay_ratio * max_steps, max_steps - warmup))
+    falling = max(1.0, min(config.decay_ratio * max_steps, max_steps - warmup))
     # The last step still moves: its share is one step's part of the line, not 0.
-    left = min(1.0, max(0.0, (max_steps - step) / decay))
+    left = min(1.0, max(0.0, (max_steps - step) / falling))
     return config.learning_rate * (floor + (1 - floor) * left)

@@ -20,7 +20,7 @@ import transformers
 import ekiden
 from ekiden.checkpoint.mirror import Mirror, open_mirror, restore_from_mirror
 from ekiden.checkpoint.store import Checkpoint, CheckpointStore, recover_folder
-from ekiden.config import TrainConfig
+from ekiden.config import TrainConfig, field_types
 from ekiden.errors import UserError
 from ekiden.modeling.build import blocks, body, build_model, parameter_counts
 from ekiden.modeling.device import (
@@ -34,13 +34,14 @@ from ekiden.progress import human_count, say
 from ekiden.tokenizer.load import Tokenizer
 from ekiden.tokens.batches import Batches
 from ekiden.tokens.format import TokenDataset
-from ekiden.tokens.mixture import Mixture, plan_mixture
+from ekiden.tokens.mixture import Mixture, final_shares, plan_mixture
 from ekiden.training.converted import open_any, restore_any
 from ekiden.training.exact import check_tree
 from ekiden.training.facts import session_facts
 from ekiden.training.foreign import take_foreign
-from ekiden.training.optimizer import build_optimizer
+from ekiden.training.optimizer import build_optimizer, learning_rate
 from ekiden.training.ranks import Ranks
+from ekiden.training.recipe import describe_recipe
 from ekiden.training.rundir import RunDirectory, default_checkpoint_budget
 from ekiden.training.sharding import shard_state, wants_shards
 from ekiden.training.state import Counters, SavedState, TrainingState, changed_settings
@@ -140,6 +141,10 @@ def prepare(config: TrainConfig, run: RunDirectory, ranks: Ranks | None = None) 
         state.counters.global_batch = global_batch
         state.counters.microbatch_schedule = [[0, config.batch_size]]
     max_steps = config.max_steps or steps_of_epochs(config, dataset, global_batch)
+    if config.decay_from and saved and not state.counters.decay:
+        begin_decay(state, saved["config"], dataset)
+    if state.counters.decay:
+        max_steps = int(state.counters.decay[0] + state.counters.decay[1])
     taken = None if saved else ranks.on_main(lambda: take_weights(config, state, max_steps))
     limit = ranks.on_main(run.read_microbatch)
     if limit and limit < state.counters.microbatch:
@@ -151,7 +156,7 @@ def prepare(config: TrainConfig, run: RunDirectory, ranks: Ranks | None = None) 
         shard_state(state, ranks, device, precision)
     notes = describe(state, max_steps, saved, changed) | ({"taken": taken} if taken else {})
     notes |= session_facts(state, device, precision)
-    batches = Batches(dataset, mixture, global_batch)
+    batches = Batches(dataset, state.mixture, global_batch)
     return Start(
         state,
         dataset,
@@ -166,6 +171,28 @@ def prepare(config: TrainConfig, run: RunDirectory, ranks: Ranks | None = None) 
         resumed_step,
         notes,
     )
+
+
+def begin_decay(state: TrainingState, source: dict[str, Any], dataset: TokenDataset) -> None:
+    """Let the learning rate fall from where it is to the end, and the languages' shares end as the settings say.
+
+    Args:
+        source: settings of the run that is taken up.
+    """
+    config, counters = state.config, state.counters
+    then = TrainConfig(**{name: value for name, value in source.items() if name in field_types()})
+    planned = then.max_steps or steps_of_epochs(then, dataset, counters.global_batch)
+    rate = learning_rate(counters.step, then, planned)
+    steps = config.decay_steps or max(1, counters.step // 4)
+    counters.decay = [counters.step, steps, rate]
+    if config.final_share and not config.language_weights and len(state.mixture.languages) > 1:
+        first = counters.data_step(counters.step) * counters.global_batch
+        total = first + steps * counters.global_batch
+        shares = final_shares(
+            state.mixture, config.final_temperature, first, total, config.max_epochs_per_language or None
+        )
+        state.mixture = state.mixture.ending_with(shares, first)
+    say(f"decaying over {steps} steps from step {counters.step}, from a learning rate of {rate:g}")
 
 
 class Found(NamedTuple):
@@ -241,16 +268,20 @@ def find_checkpoint(config: TrainConfig, own: Checkpoint | None) -> SavedState |
     Raises:
         UserError: the one asked for is missing or damaged; or some exist and none is good.
     """
-    given = config.init_from or config.resume_from
+    given = config.init_from or config.decay_from or config.resume_from
     if given == "auto":
         return own
     path = Path(given)
     settings = own.json("trainer_state.json")["config"] if own else {}
-    began_with_it = given in (settings.get("init_from"), settings.get("resume_from"))
+    began_with_it = given in [settings.get(name) for name in ("init_from", "decay_from", "resume_from")]
     if not path.exists() and not began_with_it:
-        flag = "--init-from" if config.init_from else "--resume-from"
+        flag = "--init-from" if config.init_from else "--decay-from" if config.decay_from else "--resume-from"
         raise UserError(f"{flag} {path} does not exist; give a run, a checkpoint, a folder, a .pt or a .json")
     asked = open_any(path) if path.exists() and not config.init_from else None
+    if config.decay_from and asked is None and own is None:
+        raise UserError(
+            f"--decay-from {path} holds no whole checkpoint of a run; give a run or a checkpoint folder"
+        )
     if asked is not None and (own is None or own.step < asked.step):
         return asked
     if own is not None and (asked is None or own.path.resolve() != asked.path.resolve()):
@@ -390,6 +421,7 @@ def describe(
         f"{now['device']}, {now['precision']}; {max_steps} steps of {counters.global_batch} x {config.max_length} tokens"
     )
     if saved is None:
+        say("\n".join(describe_recipe(config)))
         say(state.mixture.describe(max_steps * counters.global_batch * config.max_length))
         return notes
     for name, (before, after) in changed.items():

@@ -57,6 +57,7 @@ class Counters:
         best_loss: lowest macro evaluation loss, nats a token; None before the first evaluation.
         bad_in_row: steps just skipped in a row. skipped_steps: steps skipped in all. rollbacks: done so far.
         skipped_batches: [from step, global batches]: data left out after a roll-back.
+        decay: [first step, steps, learning rate there] of a decay that `--decay-from` began; empty: none.
         save_seconds: longest time a save took; reserved before a deadline.
         wandb_run_id: the tracker's run, to be continued.
     """
@@ -71,6 +72,7 @@ class Counters:
     skipped_steps: int = 0
     rollbacks: int = 0
     skipped_batches: list[list[int]] = field(default_factory=list)
+    decay: list[float] = field(default_factory=list)
     save_seconds: float = 0.0
     wandb_run_id: str | None = None
 

@@ -1,0 +1,110 @@
+"""Schedules, a decay begun from any checkpoint, and the recipe that is printed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ekiden.config import TrainConfig, build_config, preset_names
+from ekiden.errors import UsageError, UserError
+from ekiden.training.history import read_history
+from ekiden.training.loop import train
+from ekiden.training.optimizer import learning_rate
+from ekiden.training.recipe import SETTINGS, describe_recipe
+
+Settings = Callable[..., TrainConfig]
+
+
+def rates(run: Path) -> dict[int, float]:
+    return {
+        r["step"]: r["learning_rate"] for r in read_history(run / "history.jsonl") if r["kind"] == "train"
+    }
+
+
+def state_of(run: Path, step: int) -> dict[str, Any]:
+    return json.loads((run / "checkpoints" / f"step-{step:08d}" / "trainer_state.json").read_text())
+
+
+def test_wsd_is_constant_and_then_a_line_to_its_end() -> None:
+    config = build_config(
+        "gpt2-10m",
+        schedule="wsd",
+        learning_rate=1.0,
+        warmup_steps=10,
+        decay_ratio=0.25,
+        min_learning_rate_ratio=0.0,
+    )
+    values = [learning_rate(step, config, 200) for step in range(200)]
+    assert values[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert set(values[10:151]) == {1.0}
+    assert values[150:] == pytest.approx([(200 - step) / 50 for step in range(150, 200)])
+    # All of the run after the warm-up, and a run too short for either.
+    whole = build_config("gpt2-10m", schedule="wsd", decay_ratio=1.0, learning_rate=1.0, warmup_steps=10)
+    assert learning_rate(15, whole, 100) < learning_rate(10, whole, 100) == 1.0
+    assert learning_rate(0, config, 1) == 1.0
+
+
+def test_a_decay_falls_from_the_rate_it_found_whatever_was_before() -> None:
+    config = build_config("gpt2-10m", schedule="cosine", learning_rate=1.0, min_learning_rate_ratio=0.1)
+    decay = [40.0, 10.0, 0.5]
+    assert learning_rate(39, config, 100, decay) == learning_rate(39, config, 100)
+    values = [learning_rate(step, config, 50, decay) for step in range(40, 50)]
+    assert values == pytest.approx([0.5 * (0.1 + 0.9 * (50 - step) / 10) for step in range(40, 50)])
+
+
+def test_decay_from_closes_a_run_and_resumes_like_any_other(settings: Settings, tmp_path: Path) -> None:
+    more = {"schedule": "wsd", "decay_ratio": 0.01, "min_learning_rate_ratio": 0.0, "learning_rate": 0.01}
+    train(settings(60, output_dir=tmp_path / "long", max_time="", save_steps=6, max_checkpoints=20, **more))
+    source = tmp_path / "long" / "checkpoints" / "step-00000012"
+    decay = {**more, "decay_from": str(source), "decay_steps": 4}
+    assert train(settings(60, output_dir=tmp_path / "whole", **decay)).step == 16
+    whole = rates(tmp_path / "whole")
+    assert whole == pytest.approx({13: 0.01, 14: 0.0075, 15: 0.005, 16: 0.0025})
+    assert state_of(tmp_path / "whole", 16)["counters"]["decay"] == [12, 4, 0.01]
+    # Done; and the same command again has nothing more to do, where the source is gone too.
+    source.rename(tmp_path / "gone")
+    assert train(settings(60, output_dir=tmp_path / "whole", **decay)).step == 16
+    assert rates(tmp_path / "whole") == whole
+
+
+def test_a_decay_of_a_quarter_with_other_shares_at_the_end(settings: Settings, tmp_path: Path) -> None:
+    more = {"temperature": 1.0, "final_temperature": 0.0, "final_share": 0.3}
+    train(settings(8, output_dir=tmp_path / "long", save_steps=8, **more))
+    result = train(settings(8, output_dir=tmp_path / "end", decay_from=str(tmp_path / "long"), **more))
+    assert result.step == 10
+    mixture = state_of(tmp_path / "end", 10)["mixture"]
+    assert mixture["later"][-1] == [8 * 4, [2048, 2048]]
+    assert state_of(tmp_path / "long", 8)["mixture"]["later"] == [[22, [2048, 2048]]]
+
+
+def test_a_decay_needs_a_whole_checkpoint(settings: Settings, tmp_path: Path) -> None:
+    train(settings(3, output_dir=tmp_path / "long"))
+    for source, words in (("nowhere", "does not exist"), ("long/final_model", "no whole checkpoint")):
+        with pytest.raises(UserError, match=f"--decay-from .*{words}"):
+            train(settings(8, output_dir=tmp_path / "end", decay_from=str(tmp_path / source)))
+    with pytest.raises(UsageError, match="leave --init-from and --resume-from out"):
+        settings(8, decay_from="run", init_from="other")
+
+
+@pytest.mark.parametrize("preset", preset_names())
+def test_every_preset_says_its_recipe_and_where_it_comes_from(preset: str) -> None:
+    text = "\n".join(describe_recipe(build_config(preset)))
+    assert "docs/recipe.md" in text and "but for what you set" not in text
+    changed = "\n".join(describe_recipe(build_config(preset, learning_rate=0.5, schedule="cosine")))
+    assert "learning_rate=0.5 (preset: " in changed and "schedule=cosine (preset: wsd)" in changed
+    adamw = "\n".join(describe_recipe(build_config(preset, optimizer="adamw", language_weights="a=1,b=2")))
+    assert "AdamW at" in adamw and "as --language-weights says" in adamw
+
+
+def test_the_recipes_settings_are_settings() -> None:
+    config = build_config("gpt2-10m")
+    assert all(hasattr(config, name) for name in SETTINGS)
+
+
+def test_train_prints_the_recipe(settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:
+    train(settings(1))
+    assert "recipe: " in capsys.readouterr().err
