@@ -67,6 +67,7 @@ def options(world: int, **more: Any) -> dict[str, Any]:
         "batch_size": 1,
         "gradient_accumulation_steps": GLOBAL_BATCH // world,
         "rank_timeout": "20s",
+        "optimizer": "adamw",  # FSDP takes no Muon
         **more,
     }
 

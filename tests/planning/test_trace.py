@@ -66,7 +66,7 @@ def test_the_prediction_on_a_gpu() -> None:
 
 @pytest.mark.parametrize("preset", ["gpt2-10m", "gemma3-tiny"])
 def test_weights_gradients_and_moments_are_4_4_and_8_bytes_a_parameter(preset: str) -> None:
-    peak = traced_peak(small(preset), 500, FP32, 1)
+    peak = traced_peak(small(preset, optimizer="adamw"), 500, FP32, 1)
     parameters = peak.blocks + peak.embedding
     rounding = 100 * BLOCK
     assert 0 <= peak.parts["weights"] - 4 * parameters < rounding
