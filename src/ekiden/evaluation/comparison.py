@@ -111,7 +111,13 @@ def _of_languages(results: Sequence[Result], figure: str, title: str) -> str:
         for column in zip(*(values for _name, values in rows))
     ]
     marked = [
-        (name, [_figure(value) + ("*" if value == best else " ") for value, best in zip(values, lowest)])
+        (
+            name,
+            [
+                _figure(value) + ("*" if value is not None and value == best else " ")
+                for value, best in zip(values, lowest)
+            ],
+        )
         for name, values in rows
     ]
     if figure == "loss":
