@@ -69,12 +69,15 @@ class Saving:
             UserError: a weight is not finite; such a state is never written.
         """
         step = self.state.counters.step
+        new = step != self.saved_step
+        if self.state.sharded:
+            new = self.ranks.from_main(new)  # it alone knows whether a save has failed
         if not self.ranks.main:
-            if step != self.saved_step and self.state.sharded:
+            if new and self.state.sharded:
                 self.state.snapshot()  # its part of what the main rank gathers
             self.saved_step = step
             return
-        if step != self.saved_step:
+        if new:
             self._saver.wait()
             try:
                 snapshot = self.state.snapshot()

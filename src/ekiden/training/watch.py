@@ -72,8 +72,8 @@ class Watch:
         return self._found
 
     def speaker(self, lost: int) -> int:
-        """Return the rank that says it: the lowest that is not the lost one."""
-        return 1 if lost == 0 else 0
+        """Return the rank that says it: the lowest that is not the lost one; each, where it is the rendezvous."""
+        return self.rank if lost < 0 else 1 if lost == 0 else 0
 
     def _run(self) -> None:
         number = 0
@@ -96,6 +96,8 @@ class Watch:
 
     def _look(self) -> None:
         """Read what the others left; remember the first failure."""
+        if self._look_for_dead():
+            return
         try:
             with self._lock:
                 if self.store.check(["failed"]):
@@ -113,11 +115,19 @@ class Watch:
                 self._beats[rank] = (beat, now)
             elif now - since > self.silence_seconds:
                 self._note(rank, f"{_place(rank, peer)} has not answered for {now - since:.0f} seconds")
+
+    def _look_for_dead(self) -> bool:
+        """Note a rank of this machine whose process is gone; return whether anything is known now."""
+        for rank, peer in enumerate(self.peers):
             if peer.host == socket.gethostname() and not _alive(peer.pid):
                 self._note(rank, f"{_place(rank, peer)} was ended from outside")
+        return self._found is not None
 
     def _store_lost(self) -> None:
-        self._note(-1, "the rendezvous (torchrun's agent, or rank 0) cannot be reached any more")
+        # It ends with rank 0 or torchrun's agent; a process that has just died is still there for a moment.
+        time.sleep(0.5)
+        if not self._look_for_dead():
+            self._note(-1, "the rendezvous (torchrun's agent, or rank 0) cannot be reached any more")
 
     def _note(self, rank: int, sentence: str) -> None:
         if self._found is None and not self._stopped.is_set() and rank != self.rank:
