@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 PRESETS = {
-    "gpt2-10m": ["--batch-size", "4", "--max-length", "256", "--learning-rate", "2e-3"],
-    "gemma3-tiny": ["--initialization", "scaled"],
+    "gpt2-10m": ["--batch-size", "4", "--max-length", "256"],
+    "gemma3-tiny": [],
 }
 
 

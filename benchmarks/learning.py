@@ -71,11 +71,21 @@ RECIPES: dict[str, dict[str, Any]] = {
     "muon-huggingface": {"initialization": "huggingface"},
     # The same on other mixtures: as the languages are, and Ekiden's own.
     "proportional": {"temperature": 1.0, "final_share": 0.0},
-    "mixed": {"temperature": 1.0, "final_temperature": 0.3, "final_share": 0.5},
+    "mixed": {"temperature": 1.0, "final_temperature": 0.2, "final_share": 0.5},
 }
 """What each recipe sets."""
 
 BASELINE = "plan"
+RATES = {
+    ("gemma3", "plan"): 0.016,
+    ("gpt2", "plan"): 0.003,
+    ("gemma3", "adamw-scaled"): 0.016,
+    ("gpt2", "adamw-scaled"): 0.003,
+}
+"""Learning rate of AdamW where the recipe has one of its own: the best of those tried (docs/recipe.md)."""
+MATRIX_RATE = 0.02
+LENGTHS = {"plan": (1.0,), "default": (0.3, 0.5), "proportional": (0.6,), "mixed": (0.6,)}
+"""Lengths of the runs that are done where none is given, as shares of the plan recipe's tokens."""
 
 
 @dataclass(frozen=True)
@@ -281,6 +291,19 @@ def numbers(text: str) -> list[float]:
     return [float(item) for item in text.split(",")]
 
 
+def chosen_runs(options: argparse.Namespace, more: tuple[tuple[str, str], ...]) -> list[Run]:
+    """Return the runs that the options ask for, the plan's first: everything else is compared with them."""
+    whole = 153_600 if options.quick else 307_200
+    runs = []
+    for seed in [1.0] if options.quick else options.seeds:
+        for recipe in options.recipe or LENGTHS:
+            lengths = options.tokens or [share * whole for share in LENGTHS.get(recipe, (0.3,))]
+            for family in options.family or SHAPES:
+                rates = options.rates or [RATES.get((family, recipe), MATRIX_RATE)]
+                runs += [Run(family, recipe, r, int(seed), int(n), more) for n in lengths for r in rates]
+    return runs
+
+
 def main() -> None:
     """Train what is asked for and missing, then report."""
     parser = argparse.ArgumentParser(
@@ -288,13 +311,15 @@ def main() -> None:
     )
     parser.add_argument("--corpus", required=True, help="folder with a sub-folder a language")
     parser.add_argument("--folder", type=Path, required=True, help="shards, runs and results")
-    parser.add_argument("--quick", action="store_true", help="one seed, few tokens: 15 minutes on 2 cores")
+    parser.add_argument(
+        "--quick", action="store_true", help="one seed, half the tokens: for 2 cores and a quarter of an hour"
+    )
     parser.add_argument("--report", action="store_true", help="train nothing")
     parser.add_argument("--family", choices=list(SHAPES), action="append")
     parser.add_argument("--recipe", choices=list(RECIPES), action="append")
     parser.add_argument("--rates", type=numbers, help="learning rates, comma-separated")
-    parser.add_argument("--seeds", type=numbers, default=[1.0], help="comma-separated")
-    parser.add_argument("--tokens", type=numbers, default=[307200.0], help="lengths of runs, comma-separated")
+    parser.add_argument("--seeds", type=numbers, default=[1.0, 2.0, 3.0], help="comma-separated")
+    parser.add_argument("--tokens", type=numbers, help="lengths of runs, comma-separated")
     parser.add_argument("--set", nargs="*", default=[], help="field=value of TrainConfig, for every run")
     parser.add_argument("--vocab-size", type=int, default=4096)
     parser.add_argument("--threads", type=int, default=1, help="of one run")
@@ -305,14 +330,7 @@ def main() -> None:
     if not options.report:
         shards = prepare(options.corpus, options.folder, options.vocab_size)
         more = tuple(sorted(tuple(pair.split("=", 1)) for pair in options.set))
-        runs = [
-            Run(family, recipe, rate, int(seed), int(tokens), more)  # type: ignore[arg-type]
-            for seed in options.seeds
-            for tokens in options.tokens
-            for rate in options.rates
-            for recipe in options.recipe or RECIPES
-            for family in options.family or SHAPES
-        ]
+        runs = chosen_runs(options, more)
         spawn = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(options.jobs, mp_context=spawn, max_tasks_per_child=1) as pool:
             waiting = {
