@@ -84,6 +84,8 @@ def prepare(folder: Path, kind: str, options: argparse.Namespace) -> None:
         )
     for preset, shape in SHAPES.items():
         run = folder / f"{preset}-{kind}"
+        if (run / "final_model").is_dir():
+            continue
         ekiden(
             *("train", preset, "--dataset-path", shards, "--output-dir", run, "--max-steps", options.steps),
             *("--max-length", LENGTH, "--batch-size", 8, "--gradient-accumulation-steps", 1),
