@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help faults notebooks test-image test-kaggle quickstart quickstart-short test test-slow lint format lock clean
+.PHONY: docs help faults notebooks test-image test-kaggle quickstart quickstart-short test test-slow lint format lock clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | sort
@@ -34,6 +34,9 @@ lint: $(READY)  ## linter, formatter's check, type checker
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(READY)  ## the site, into docs/_build
+	$(BIN)/python -m sphinx -q -W --keep-going docs docs/_build
 
 format: $(READY)  ## format the code
 	$(BIN)/ruff check --fix .
