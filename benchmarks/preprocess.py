@@ -28,6 +28,7 @@ import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -64,22 +65,26 @@ def made_corpus(corpora: Path, folder: Path, size: int) -> int:
     """Write `size` bytes of the corpora and their perturbed copies to `folder`; return the bytes written."""
     languages = sorted(path.name for path in corpora.iterdir() if list(path.glob("*.jsonl")))
     whole = sum(file.stat().st_size for name in languages for file in (corpora / name).glob("*.jsonl"))
-    written = 0
-    for name in languages:
-        lines = [
-            json.loads(line)["text"]
-            for file in sorted((corpora / name).glob("*.jsonl"))
-            for line in file.open("rb")
-        ]
-        (folder / name).mkdir(parents=True)
-        for copy in range(-(-size // whole)):
-            words = Perturbed(copy)
-            share = min(1.0, size / whole - copy)
-            with (folder / name / f"{copy:03d}.jsonl").open("wb") as file:
-                for text in lines[: round(len(lines) * share)]:
-                    if copy:
-                        text = "".join([words[part] for part in re.split(r"(\s+)", text)])
-                    written += file.write(json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n")
+    copies = [
+        (corpora / name, folder / name / f"{copy:03d}.jsonl", copy, min(1.0, size / whole - copy))
+        for copy in range(-(-size // whole))
+        for name in languages
+    ]
+    with ProcessPoolExecutor() as pool:
+        return sum(pool.map(perturbed_copy, *zip(*copies)))
+
+
+def perturbed_copy(source: Path, target: Path, copy: int, share: float) -> int:
+    """Write one copy of a language, of it the first `share` of the documents; return the bytes written."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    lines = [line for file in sorted(source.glob("*.jsonl")) for line in file.open("rb")]
+    words, written = Perturbed(copy), 0
+    with target.open("wb") as file:
+        for line in lines[: round(len(lines) * share)]:
+            text = json.loads(line)["text"]
+            if copy:
+                text = "".join([words[part] for part in re.split(r"(\s+)", text)])
+            written += file.write(json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n")
     return written
 
 
@@ -184,7 +189,7 @@ def peers(options: argparse.Namespace, work: Path, models: dict[str, Path]) -> d
         folder = work / f"{name}-hf"
         save_huggingface_tokenizer(load_tokenizer(model), folder)
         rows: dict[str, Any] = {}
-        for what in ("ekiden", "datasets", "datatrove", "ekiden again"):
+        for what in ("ekiden", *options.against, "ekiden again"):
             output = work / f"{name}-{what.replace(' ', '-')}"
             if what.startswith("ekiden"):
                 command = ekiden_command(corpus, model, output, options.workers)
@@ -194,7 +199,7 @@ def peers(options: argparse.Namespace, work: Path, models: dict[str, Path]) -> d
             print(name, what, rows[what], f"load {os.getloadavg()[0]:.1f}", flush=True)
             shutil.rmtree(work / "hf", ignore_errors=True)
         ours = [rows["ekiden"]["cpu_s"], rows["ekiden again"]["cpu_s"]]
-        for what in ("datasets", "datatrove"):
+        for what in options.against:
             rows[f"{what} / ekiden, cpu"] = round(rows[what]["cpu_s"] * 2 / sum(ours), 2)
         subprocess.run([*peer, "ids", str(corpus), str(folder), str(work / "ids"), "0"], check=True)
         rows["ids"] = compare(corpus, model, work, name)
@@ -337,6 +342,7 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--peer-python", default=sys.executable)
+    parser.add_argument("--against", nargs="*", default=["datasets", "datatrove"])
     parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--model-folder", type=Path, help="Keeps the tokenizers that are trained for this.")
     parser.add_argument("--seed", type=int, default=1)

@@ -63,14 +63,34 @@ def test_a_batch_gives_the_ids_of_single_texts_also_after_pickling(tiny: Tokeniz
 @settings(max_examples=100, deadline=None)
 @given(texts=st.lists(NASTY, min_size=1, max_size=5))
 def test_transformers_gets_the_same_ids(tiny: Tokenizer, converted: Path, texts: list[str]) -> None:
-    if tiny.model_type == "bpe":
-        texts = [*texts, "<eos> and <pad>, <0x0A> </s>"]
-    else:  # the tokenizers library's unigram model finds control and byte pieces spelt out in a text
-        texts = [text.replace("<", "") for text in texts]
+    texts = [*texts, "<eos> and <pad>, <0x0A> </s><unk>"]
     result = compare_tokenizers(tiny, converted, texts)
     assert result.different == 0
     if tiny.model_type == "bpe":
         assert result.equal == result.documents
+
+
+@pytest.mark.parametrize("byte_fallback", [True, False])
+def test_control_pieces_spelt_in_a_text_are_text_for_a_unigram_model_that_knows_the_bracket(
+    tmp_path: Path, language_folder: Path, byte_fallback: bool
+) -> None:
+    texts = [
+        "<" + json.loads(line)["text"] + " 0xA1 </>"
+        for line in (language_folder / "english" / "text.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts),
+        model_prefix=str(tmp_path / "m"),
+        vocab_size=320 if byte_fallback else 70,
+        byte_fallback=byte_fallback,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    tokenizer = load_tokenizer(tmp_path / "m.model")
+    save_huggingface_tokenizer(tokenizer, tmp_path / "hf")
+    texts += ["a <s> b</s>", "<s> the </s>", "<0xA1>", "< 0xA1>"]
+    assert not set(tokenizer.encode("a <s> b</s>")) & {1, 2}
+    assert compare_tokenizers(tokenizer, tmp_path / "hf", texts).different == 0
 
 
 @pytest.mark.parametrize("model_type", ["bpe", "unigram"])

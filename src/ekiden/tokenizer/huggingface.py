@@ -97,7 +97,7 @@ def pipeline(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
         "padding": None,
         "added_tokens": _added_tokens(model),
         "normalizer": {"type": "Sequence", "normalizers": steps},
-        "pre_tokenizer": None,
+        "pre_tokenizer": _isolated_bracket(model) if tokenizer.model_type == "unigram" else None,
         "post_processor": None,
         "decoder": {"type": "Sequence", "decoders": decoders},
         "model": _bpe(model) if tokenizer.model_type == "bpe" else _unigram(model),
@@ -122,11 +122,30 @@ def _added_tokens(model: Any) -> list[dict[str, Any]]:
     ]
 
 
+_OF_TEXT = (1, 4)  # NORMAL and USER_DEFINED: what a text can become
+_NEVER = 1000.0
+"""How far below the worst piece of text a control or byte piece is scored, so that its spelling is never taken for it."""
+
+
+def _isolated_bracket(model: Any) -> dict[str, Any] | None:
+    """Return a pre-tokenizer that keeps '<' apart where no piece of text holds it; None where one does.
+
+    The library's unigram model has control and byte pieces in its lattice. Scored low they lose to the characters of
+    "</s>", but not to characters that are no pieces themselves; those become bytes one by one, so a cut changes nothing.
+    """
+    if not model.trainer_spec.byte_fallback:
+        return None
+    if any("<" in piece.piece for piece in model.pieces if piece.type in _OF_TEXT):
+        return None
+    return {"type": "Split", "pattern": {"String": "<"}, "behavior": "Isolated", "invert": False}
+
+
 def _unigram(model: Any) -> dict[str, Any]:
+    worst = min((piece.score for piece in model.pieces if piece.type in _OF_TEXT), default=0.0) - _NEVER
     return {
         "type": "Unigram",
         "unk_id": model.trainer_spec.unk_id,
-        "vocab": [[piece.piece, piece.score] for piece in model.pieces],
+        "vocab": [[piece.piece, piece.score if piece.type in _OF_TEXT else worst] for piece in model.pieces],
         "byte_fallback": model.trainer_spec.byte_fallback,
     }
 
