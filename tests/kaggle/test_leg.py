@@ -180,6 +180,22 @@ def test_whatever_fails_the_status_is_0_and_the_verdict_says_why(
     assert session.status == ("COMPLETE", "") and "TypeError" in str(session.verdict()["reason"])
 
 
+def size_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.mark.slow
+def test_a_leg_stays_within_the_output_limit(settings: LegSettings, go: Callable[..., Session]) -> None:
+    free = go(settings)
+    checkpoints = leg.checkpoints_of(free.working / "run")
+    limit = size_of(free.working) - size_of(checkpoints[0]) // 2
+    assert len(checkpoints) == 4
+    assert go(settings, output_limit=limit).status == ("ERROR", "Output exceeds the limit.")
+    within = go({**settings, "output_bytes": limit}, output_limit=limit)
+    assert within.status == ("COMPLETE", "") and within.verdict()["status"] == "completed"
+    assert 2 <= len(leg.checkpoints_of(within.working / "run")) < 4
+
+
 def test_checkpoints_beyond_the_output_limit_are_given_up(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         folder = tmp_path / "run" / "checkpoints" / f"step-{step:08d}"

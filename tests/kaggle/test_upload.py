@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from stand_in import TOKEN, HttpFault, StandIn
 
+from ekiden.cli import cli
 from ekiden.errors import UsageError, UserError
 from ekiden.kaggle import leg
 from ekiden.kaggle.client import Kaggle, KaggleError
@@ -155,3 +156,19 @@ def test_one_sentence_for_each_mistake(
     with pytest.raises(KaggleError, match="Kaggle knows no credentials") as error:
         Kaggle()
     assert "KGAT" not in str(error.value) and TOKEN not in str(error.value)
+
+
+def test_the_verbs_upload_and_say_what_to_give_the_relay(
+    stand_in: StandIn, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--name", "some-corpus", "--max-part-size", "3000", "--staging", str(tmp_path / "staging")]
+    cli.main(["kaggle", "corpus", "upload", str(folder), *options], standalone_mode=False)
+    assert capsys.readouterr().out == "tester/some-corpus-1,tester/some-corpus-2\n"
+    cli.main(
+        ["kaggle", "push", str(folder / "language-1" / "3.bin"), "--name", "one-file"], standalone_mode=False
+    )
+    # A pack of one file is that file: a notebook finds a wheel in it without Ekiden's help.
+    data = (folder / "language-1" / "3.bin").read_bytes()
+    assert (stand_in.datasets["tester/one-file-1"][-1] / "one-file-00000.bin").read_bytes() == data
+    with pytest.raises(UserError, match="holds no relay; start one with"):
+        cli.main(["kaggle", "status", "--relay-dir", str(tmp_path / "none")], standalone_mode=False)
