@@ -300,13 +300,12 @@ def claims(tmp_path: Path) -> dict[str, Path]:
         "shape": array("float32", [10**9], ZEROS),
         "many tensors": '{"w":[' + ",".join([array("float32", [10**9], "AAAA")] * 3) + "]}",
         "values": "[" + "{}," * (3 * MEGABYTE) + "{}]",
-        "keys": "{" + '"k":0,' * (2 * MEGABYTE) + '"k":0}',
         "text": '{"a": "' + "x" * (70 * MEGABYTE) + '"}',
         "numbers outside a tensor": '{"a": [' + "0," * (10 * MEGABYTE) + "0]}",
         "no number at the end": '{"a.w": [' + "0," * (10 * MEGABYTE) + "NaN]}",
         "rest": "[" + f'"{"x" * 500}",' * 140_000 + "1]",
         "depth": "[" * (20 * MEGABYTE),
-        "backslashes": '{"a": "' + "\\" * (70 * MEGABYTE) + '"}',
+        "backslashes": '{"a": "' + "\\" * (16 * MEGABYTE + 1) + '"}',
     }
     paths = {}
     for number, (name, text) in enumerate(big.items()):
@@ -356,13 +355,13 @@ def test_a_bad_file_is_one_sentence_of_the_verb(tmp_path: Path) -> None:
 
 
 def test_a_tensor_larger_than_memory_goes_through(tmp_path: Path) -> None:
-    """160 MB there and back in 200 MB of address space, of which Python and its libraries take most."""
-    elements = 160 * MEGABYTE
+    """90 MB there and back in 150 MB of address space, of which Python and its libraries take most."""
+    elements = 90 * MEGABYTE
     path = tmp_path / "large.pt"
     torch.save({"w": torch.zeros(elements, dtype=torch.uint8), "b": torch.ones(3)}, path)
-    done = convert_in_little_memory(path, tmp_path / "large.json", 200)
+    done = convert_in_little_memory(path, tmp_path / "large.json", 150)
     assert done.returncode == 0, done.stderr
-    done = convert_in_little_memory(tmp_path / "large.json", tmp_path / "again.pt", 200)
+    done = convert_in_little_memory(tmp_path / "large.json", tmp_path / "again.pt", 150)
     assert done.returncode == 0, done.stderr
     assert compare(open_tree(path), open_tree(tmp_path / "again.pt")) == 2
 
