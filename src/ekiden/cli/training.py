@@ -94,7 +94,7 @@ def train(recipe: str | None, list_presets: bool, **settings: Any) -> None:
 @click.argument("recipe", required=False)
 @click.option(
     "--device",
-    "devices",
+    "plan_devices",
     multiple=True,
     help="t4, t4x2, p100, l4, a10g, a10gx4, a100, h100 or cpu (this machine's); several give a plan each.  "
     "[default: cpu]",
@@ -118,11 +118,11 @@ def plan(recipe: str | None, **options: Any) -> None:
 
     Example: ekiden plan gemma3-1b --device t4x2 --device a10g --vocab-size 64000 --tokens 1B
     """
-    own = {name: options.pop(name) for name in ("devices", "vocab_size", "tokens", "disk", "as_json")}
+    own = {name: options.pop(name) for name in ("plan_devices", "vocab_size", "tokens", "disk", "as_json")}
     config = build_config(
         recipe, **{name: value for name, value in options.items() if value not in (None, ())}
     )
     from ekiden.planning.plan import plans
 
-    for made in plans(config, own["devices"] or ("cpu",), own["vocab_size"], own["tokens"], own["disk"]):
+    for made in plans(config, own["plan_devices"] or ("cpu",), own["vocab_size"], own["tokens"], own["disk"]):
         click.echo(json.dumps(made.as_dict()) if own["as_json"] else made.text() + "\n")
