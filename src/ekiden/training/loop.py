@@ -86,7 +86,7 @@ def _train(config: TrainConfig, ranks: Ranks) -> TrainResult:
                 return result
         except BaseException as error:
             if isinstance(error, PeerLost):
-                speaks = not error.quiet
+                speaks = ranks.main or not error.quiet
             if speaks:
                 write_failure(run, error)
             if is_out_of_memory(error):

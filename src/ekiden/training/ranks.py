@@ -236,7 +236,10 @@ class Ranks:
             own = isinstance(error, UserError) or not _broken_connection(error)
             failure = None if own else self._watch.failure(wait_seconds=10.0)
             if failure is None:
-                self._watch.announce(str(error) or type(error).__name__)
+                first = self._watch.announce(str(error) or type(error).__name__)
+                if isinstance(error, UserError) and first != self.rank:
+                    # The same mistake, found by all: one says it.
+                    raise PeerLost(str(error), first, quiet=True) from None
                 raise
             rank, sentence = failure
             raise PeerLost(sentence, rank, quiet=self.rank != self._watch.speaker(rank)) from None

@@ -53,14 +53,15 @@ class Watch:
         """End it; the rank is then neither watched nor watching."""
         self._stopped.set()
 
-    def announce(self, sentence: str) -> None:
-        """Tell the others that this rank fails; the first that does is the one they name."""
+    def announce(self, sentence: str) -> int:
+        """Tell the others that this rank fails; return the rank that was first to say so, and is the one they name."""
         self._stopped.set()
         try:
             with self._lock:
-                self.store.compare_set("failed", "", f"{self.rank} {sentence}"[:2000])
-        except RuntimeError:
-            pass  # the store is gone, and with it the others
+                first = self.store.compare_set("failed", "", f"{self.rank} {sentence}"[:2000])
+            return int(first.decode().partition(" ")[0])
+        except (RuntimeError, ValueError):
+            return self.rank  # the store is gone, and with it the others
 
     def failure(self, wait_seconds: float) -> tuple[int, str] | None:
         """Return (rank, sentence) of what has befallen another rank, looking for so long; None: nothing is known."""
