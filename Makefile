@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: docs help faults notebooks test-image test-kaggle quickstart quickstart-short test test-slow lint format lock clean
+.PHONY: docs help faults faults-ranks notebooks test-image test-kaggle quickstart quickstart-short test test-slow lint format lock clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | sort
@@ -50,6 +50,9 @@ clean:  ## remove the environment and caches
 
 faults: $(READY)  ## the whole fault campaign: 500 SIGKILLs, every system call, power cuts, damage, memory
 	$(BIN)/python tests/faults/table.py
+
+faults-ranks: $(READY)  ## several ranks: stopped on a, resumed on b; 100 of them killed
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/ranks.py --matrix --kills 100
 
 notebooks: $(READY)  ## write the kept Kaggle notebooks anew
 	$(BIN)/ekiden kaggle notebook notebooks/gpt2-wikitext-103.yaml --output notebooks/gpt2-wikitext-103.ipynb --package input \

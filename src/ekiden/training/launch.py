@@ -125,12 +125,20 @@ def _passed_on(process: subprocess.Popen[bytes]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def _end_with_parent(parent: int) -> None:
+    """Stop the ranks, which save, when the process that waits for them has been killed: they hold the run's lock."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def main() -> None:
     """Be torchrun, and end with its status and no traceback: the rank that failed has said why."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     for name in ("torch.distributed.elastic", "torch.distributed.run"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:

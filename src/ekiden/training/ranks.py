@@ -79,13 +79,17 @@ class Ranks:
         return ranks
 
     def _connect(self, device: str, silence_seconds: float) -> None:
+        # Of this start alone: torchrun's store lives on when it restarts the ranks, with the addresses of the dead.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         on_gpu = device != "cpu" and torch.cuda.is_available()
         try:
             if not dist.is_initialized():
                 if on_gpu:
                     torch.cuda.set_device(self.local_rank)
+                given, *_ = next(dist.rendezvous("env://", self.rank, self.world, timeout=GROUP_TIMEOUT))
                 dist.init_process_group(
                     "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+                    store=dist.PrefixStore(f"attempt-{attempt}", given),
                     rank=self.rank,
                     world_size=self.world,
                     timeout=GROUP_TIMEOUT,
@@ -96,8 +100,6 @@ class Ranks:
                 f"rank {self.rank} could not meet the other {self.world - 1} ({str(error).splitlines()[0]}); start all "
                 "with the same torchrun command, and see that MASTER_ADDR can be reached"
             ) from None
-        # Of this start alone: torchrun's store lives on when it restarts the ranks.
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = dist.PrefixStore(f"ekiden/{attempt}", dist.distributed_c10d._get_default_store().clone())  # type: ignore[attr-defined]
         peers = [Peer(**facts) for facts in self.gather({"host": socket.gethostname(), "pid": os.getpid()})]
         self._watch = Watch(store, self.rank, peers, silence_seconds)
