@@ -14,6 +14,7 @@ import zstandard
 from pyarrow import parquet
 
 from ekiden.corpus import documents
+from ekiden.errors import UserError
 from ekiden.tokenizer.train import train_tokenizer
 from ekiden.tokens import units
 from ekiden.tokens.build import preprocess
@@ -155,3 +156,12 @@ def test_a_sample_of_more_than_there_is_is_everything(
     )
     assert dataset.description["keep_fraction"] == 1
     assert sum(split.documents for splits in dataset.splits.values() for split in splits.values()) == 240
+
+
+def test_a_sample_without_a_document_says_so(language_folder: Path, tokenizer: str, tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"--dataset-size keeps \S+ of the documents, which is not one of them"
+    ):
+        preprocess(
+            [str(language_folder)], tokenizer, str(tmp_path / "out"), 1, executor=ThreadPoolExecutor(1)
+        )

@@ -283,6 +283,11 @@ def finish(units: list[Unit], tokenizer: Tokenizer, settings: Settings, folder: 
         ledgers.setdefault(unit.language, Ledger()).add(Ledger.from_dict(receipt["ledger"]))
         scripts.setdefault(unit.language, ScriptTally()).add(ScriptTally.from_dict(receipt["scripts"]))
     if not any(split.documents for splits in languages.values() for split in splits.values()):
+        if settings.keep_fraction < 1 and any(ledger.kept for ledger in ledgers.values()):
+            raise UserError(
+                f"--dataset-size keeps {settings.keep_fraction:.2g} of the documents, which is not one of them; ask for "
+                "more tokens"
+            )
         reasons = [line for ledger in ledgers.values() for line in ledger.describe()]
         raise UserError(
             f"the corpus holds no document ({'; '.join(reasons) or 'empty files'}); look at the first examples"
