@@ -197,7 +197,7 @@ class Disk:
             TimeoutError: nothing wrote for a minute.
         """
         command = {"path": str(path), "cache": cache, "seed": seed, "after": after_writes}
-        self._control.settimeout(60)
+        self._control.settimeout(300)
         self._control.sendall(json.dumps(command).encode() + b"\n")
         return Picture(**json.loads(self._answers.readline()))
 
