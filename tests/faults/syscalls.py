@@ -179,6 +179,9 @@ def traced(begin: Callable[[], Act], folder: Path, names: tuple[str, ...], injec
         _attacked(begin, folder / "stderr", go_read, done_write)
     os.close(go_read)
     os.close(done_write)
+    os.read(
+        done_read, 1
+    )  # it is set up: on a busy machine strace would otherwise count what it does for that
     log = folder / "strace"
     command = ["strace", "-f", "-o", str(log), "-e", f"trace={','.join(names)}", "-e", "signal=none"]
     command += ["-e", f"inject={inject}"] if inject else []
@@ -210,6 +213,7 @@ def _attacked(begin: Callable[[], Act], stderr: Path, go: int, done: int) -> Non
         act = begin()
         # Where only ancestors may trace (Yama), the process itself has to allow it.
         ctypes.CDLL(None).prctl(_PR_SET_PTRACER, _ANY, 0, 0, 0)
+        os.write(done, b"r")
         select.select([go], [], [])  # not a read: a call that waits is counted when strace attaches
         try:
             status = 0 if act() else REFUSED
