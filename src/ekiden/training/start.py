@@ -226,7 +226,11 @@ def rank_device(requested: str, ranks: Ranks) -> torch.device:
         UserError: it is not there; or one device is asked for by all.
     """
     if ranks.world == 1:
-        return select_device(requested)
+        device = select_device(requested)
+        seen = torch.cuda.device_count() if device.type == "cuda" and requested == "auto" else 1
+        if seen > 1:
+            say(f"1 of {seen} GPUs is used; --devices {seen} trains on all of them")
+        return device
     if requested.startswith("cuda:"):
         raise UserError(
             f"--device {requested} is one device for {ranks.world} ranks; give cuda, or start one process"
