@@ -53,7 +53,18 @@ def make_image(folder: Path, pins: str, interpreter: str) -> Path:
     return python
 
 
-def install_ekiden(python: Path) -> list[str]:
+def snapshot(folder: Path) -> Path:
+    """Copy what is tried to `folder`, so that wheel and tests stay of one moment while the sources are worked on."""
+    for name in ("src", "tests", "notebooks", "docs"):
+        shutil.copytree(
+            ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info")
+        )
+    for name in ("pyproject.toml", "Makefile", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    return folder
+
+
+def install_ekiden(python: Path, source: Path) -> list[str]:
     """Install the wheel and what the image lacks of its dependencies; return what was installed beside it."""
     with tempfile.TemporaryDirectory() as name:
         build = [
@@ -68,7 +79,7 @@ def install_ekiden(python: Path) -> list[str]:
             name,
             ".",
         ]
-        subprocess.run(build, cwd=ROOT, check=True)
+        subprocess.run(build, cwd=source, check=True)
         wheel = next(Path(name).glob("ekiden-*.whl"))
         install = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--force-reinstall"]
         subprocess.run([*install, wheel], check=True)
@@ -82,12 +93,13 @@ def install_ekiden(python: Path) -> list[str]:
     return missing
 
 
-def run_tests(python: Path, tests: list[str]) -> dict[str, int]:
+def run_tests(python: Path, source: Path, tests: list[str]) -> dict[str, int]:
     """Run tests with an image's python; return how many passed, failed and were skipped."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment.pop("PYTHONPATH", None)
+    environment.setdefault("EKIDEN_CORPORA", str(ROOT.parent / "shared" / "corpora"))
     command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "2", *tests]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True, check=False)
     print(done.stdout[-6000:])
     counts = {kind: int(n) for n, kind in re.findall(r"(\d+) (passed|failed|errors?|skipped)", done.stdout)}
     return {"status": done.returncode, **counts}
@@ -104,18 +116,19 @@ def main() -> None:
     parser.add_argument("--tests", nargs="*", default=["tests"])
     options = parser.parse_args()
     rows = []
+    source = snapshot(Path(tempfile.mkdtemp(prefix="ekiden-image-")))
     for name in options.image or sorted(IMAGES):
         python = make_image(options.folder / name, IMAGES[name], options.python)
         before = frozen(python)
-        added = install_ekiden(python)
+        added = install_ekiden(python, source)
         after = frozen(python)
         replaced = sorted(key for key in before if key != "ekiden" and after.get(key) != before[key])
         subprocess.run([python, "-m", "pip", "install", "--quiet", *TOOLS.split()], check=True)
         replaced += sorted(
             key for key in before if key != "ekiden" and frozen(python).get(key) != before[key]
         )
-        suite = run_tests(python, ["-m", "not slow and not gpu", *options.tests])
-        leg = run_tests(python, ["-m", "slow", "tests/kaggle/test_leg.py"])
+        suite = run_tests(python, source, ["-m", "not slow and not gpu", *options.tests])
+        leg = run_tests(python, source, ["-m", "slow", "tests/kaggle/test_leg.py"])
         rows.append({"image": name, "installed": added, "replaced": replaced, "suite": suite, "leg": leg})
     passed = all(not row["replaced"] and row["suite"]["status"] == row["leg"]["status"] == 0 for row in rows)
     print(json.dumps({"images": rows, "passed": passed}))
