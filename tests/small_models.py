@@ -46,7 +46,8 @@ def small_model(preset: str, tokenizer: Tokenizer, louder: float = 4.0, **change
     shape = {"hidden_size": 32, "num_hidden_layers": 7, "num_attention_heads": 4, "head_dim": 8}
     heads = 4 if preset.startswith("gpt2") else 2
     shape |= {"intermediate_size": 48, "num_key_value_heads": heads, "max_length": 32, "sliding_window": 6}
-    config = build_config(preset, **{**shape, **changes})
+    # GPT-2's scaled start has output projections of zero, behind which nothing of a block is seen.
+    config = build_config(preset, **{"initialization": "huggingface", **shape, **changes})
     model = build_model(
         config, tokenizer.vocab_size, tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, seed=5
     )
