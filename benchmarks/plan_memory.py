@@ -20,6 +20,7 @@ import torch
 from ekiden.config import TrainConfig, build_config
 from ekiden.modeling.build import build_model
 from ekiden.modeling.device import Precision, select_device, select_precision
+from ekiden.modeling.prepare import prepare_model
 from ekiden.planning.trace import traced_peak
 from ekiden.training.memory import try_step
 from ekiden.training.optimizer import build_optimizer
@@ -34,8 +35,7 @@ def measured_peak(config: TrainConfig, vocab_size: int, precision: Precision, de
         ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 64 * 1024)
     warm(config, precision, device)
     before = resident("VmRSS") if device.type == "cpu" else torch.cuda.memory_allocated(device)
-    model = build_model(config, vocab_size, pad_id=0, bos_id=1, eos_id=2, seed=0).to(device)  # type: ignore[arg-type]
-    state: Any = SimpleNamespace(model=model, optimizer=build_optimizer(model, config))
+    state = build(config, vocab_size, precision, device)
     if device.type == "cpu":
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     else:
@@ -44,10 +44,16 @@ def measured_peak(config: TrainConfig, vocab_size: int, precision: Precision, de
     return (resident("VmHWM") if device.type == "cpu" else torch.cuda.max_memory_allocated(device)) - before
 
 
+def build(config: TrainConfig, vocab_size: int, precision: Precision, device: torch.device) -> Any:
+    """Return model and optimizer as a run has them."""
+    model = build_model(config, vocab_size, pad_id=0, bos_id=1, eos_id=2, seed=0).to(device)  # type: ignore[arg-type]
+    prepare_model(model, config, device, precision)
+    return SimpleNamespace(model=model, optimizer=build_optimizer(model, config))
+
+
 def warm(config: TrainConfig, precision: Precision, device: torch.device) -> None:
     """Do a small step first: libraries, threads and workspaces are none of the model's memory."""
-    model = build_model(config, 256, pad_id=0, bos_id=1, eos_id=2, seed=0).to(device)  # type: ignore[arg-type]
-    state: Any = SimpleNamespace(model=model, optimizer=build_optimizer(model, config))
+    state = build(config, 256, precision, device)
     try_step(state, precision, 1, config.max_length, config.loss_chunk_size)
 
 
@@ -81,7 +87,9 @@ def main() -> None:
         "measured_bytes": measured,
         "predicted_bytes": peak.total,
         "predicted_parts": peak.parts,
-        "predicted_over_measured": peak.total / measured,
+        "predicted_host_bytes": peak.host,
+        # On a CPU the host's memory is the device's.
+        "predicted_over_measured": (peak.total + (peak.host if device.type == "cpu" else 0)) / measured,
     }
     print(json.dumps(result))
 

@@ -119,6 +119,8 @@ class TrainConfig:
     """AdamW's decay of the second moment."""
     adam_epsilon: float = 1e-8
     """AdamW's epsilon."""
+    optimizer_moments: Literal["fp32", "bf16", "fp16", "8bit"] = "fp32"
+    """Numbers AdamW keeps its two moments in: 8, 4, 4 or 2 bytes a parameter; 8bit needs `pip install 'ekiden[bnb]'`."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this global norm; 0: never."""
 
@@ -131,6 +133,10 @@ class TrainConfig:
     """torch.compile of the decoder: auto is on for CUDA (where a compiler is found) and off on a CPU."""
     num_threads: int = 0
     """CPU threads for arithmetic; 0: as many as the cores. Recorded, since sums differ with it in the last bit."""
+    activation_checkpointing: bool = False
+    """Keep only each block's input and compute the block again in the backward pass: a third more time, much less memory."""
+    cpu_offload: bool = False
+    """Keep AdamW's moments in the host's memory and update there: 8 bytes a parameter less on a GPU, slower steps."""
     loss_chunk_size: int = 1024
     """Token positions whose logits exist at one time while the loss is computed."""
 
@@ -205,7 +211,7 @@ RESUME_FREE = frozenset(
     "mirror checkpoint_format resume_from init_from max_bad_steps max_rollbacks report use_wandb trackers wandb_project "
     "batch_size gradient_accumulation_steps learning_rate min_learning_rate_ratio loss_chunk_size "
     "devices parallel elastic_exact rank_timeout max_restarts matrix_learning_rate schedule decay_ratio "
-    "decay_from decay_steps".split()
+    "decay_from decay_steps activation_checkpointing cpu_offload".split()
 )
 """May change on resume; the change is recorded in the history. `batch_size` and `gradient_accumulation_steps` may
 only change together so that the global batch stays; `training.state` checks that. `dataset_path` may move, its
@@ -392,6 +398,13 @@ def validate(config: TrainConfig) -> TrainConfig:
             raise UsageError(
                 f"--{name.replace('_', '-')} must be a share from 0 to 1, not {getattr(config, name)}"
             )
+    if config.cpu_offload and config.optimizer == "muon":
+        raise UsageError("--cpu-offload works with --optimizer adamw; muon's products are a GPU's work")
+    if config.optimizer_moments in ("bf16", "fp16") and config.beta2 > 0.98:
+        raise UsageError(
+            f"--optimizer-moments {config.optimizer_moments} rounds away a second moment that moves as slowly as with "
+            f"--beta2 {config.beta2}; give --beta2 0.98 or less, or --optimizer-moments fp32 or 8bit"
+        )
     if config.max_steps == 0 and config.epochs == 0:
         raise UsageError("one of --max-steps and --epochs must be above 0")
     if config.decay_from and (config.init_from or config.resume_from != "auto"):

@@ -26,7 +26,7 @@ def tracer(config: TrainConfig, vocab_size: int, _precision: object, microbatch:
         "optimizer": 2 * weights,
         "forward": 3 * GIB * microbatch,
     }
-    return Peak(sum(parts.values()), parts, "forward", blocks, embedding)
+    return Peak(sum(parts.values()), parts, "forward", 0, blocks, embedding)
 
 
 def plan(device: str, vocab_size: int = 20_000, preset: str = "gemma3-1b", **more: object):

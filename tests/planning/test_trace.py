@@ -89,3 +89,22 @@ def test_tracing_leaves_nothing_behind() -> None:
     assert torch.are_deterministic_algorithms_enabled()
     assert step_module.fault_hook is None
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.mark.parametrize(
+    ("option", "part", "share"),
+    [
+        ({"activation_checkpointing": True}, "forward", (0.2, 0.8)),
+        ({"optimizer_moments": "bf16"}, "optimizer", (0.45, 0.55)),
+        ({"optimizer_moments": "8bit"}, "optimizer", (0.2, 0.4)),
+        ({"cpu_offload": True}, "optimizer", (0.0, 0.0)),
+    ],
+)
+def test_options_that_save_memory_are_seen(option: dict, part: str, share: tuple[float, float]) -> None:
+    if "8bit" in option.values():
+        pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
+    plain = traced_peak(small(num_hidden_layers=4), 500, FP32, 4)
+    saved = traced_peak(small(num_hidden_layers=4, **option), 500, FP32, 4)
+    assert saved.total < plain.total
+    assert share[0] <= saved.parts[part] / plain.parts[part] <= share[1]
+    assert (saved.host > 0) == ("cpu_offload" in option)

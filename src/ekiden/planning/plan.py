@@ -9,9 +9,10 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
-from ekiden.config import TrainConfig
+from ekiden.config import TrainConfig, validate
 from ekiden.errors import UsageError
 from ekiden.modeling.device import Precision, named_precision
 from ekiden.modeling.flops import flops_per_token
@@ -23,9 +24,17 @@ from ekiden.values import parse_bytes, parse_duration
 
 Tracer = Callable[[TrainConfig, int, Precision, int], Peak]
 
-REMEDIES: tuple[dict[str, Any], ...] = ({},)
+REMEDIES: tuple[dict[str, Any], ...] = (
+    {},
+    {"activation_checkpointing": True},
+    {"activation_checkpointing": True, "optimizer_moments": "bf16"},
+    {"activation_checkpointing": True, "optimizer_moments": "8bit"},
+    {"activation_checkpointing": True, "cpu_offload": True},
+)
 """Settings that make room, in the order they are tried, each also with smaller microbatches: first what changes no
-result."""
+result, then what changes its last digits, then what is slow."""
+RECOMPUTED = 4 / 3
+"""Arithmetic of a step whose activations are computed twice: forward, forward again, and a backward pass of two."""
 DEFAULT_VOCABULARY = 16_000
 CHINCHILLA = 20
 """Tokens a parameter that a training run of given cost should see (Hoffmann et al. 2022, arXiv:2203.15556)."""
@@ -83,6 +92,7 @@ class Plan:
             "peak_bytes": self.peak.total,
             "peak_parts": self.peak.parts,
             "peak_during": self.peak.during,
+            "host_bytes": self.peak.host,
             "usable_bytes": self.machine.usable_bytes,
             "fits": self.fits,
             "change": self.change,
@@ -128,7 +138,8 @@ class Plan:
         if self.change is None or self.changed_peak is None:
             return f"DOES NOT FIT: {usable}, and no setting makes it fit; lower --max-length or choose a smaller preset"
         flags = " ".join(_flag(name, value) for name, value in self.change.items())
-        return f"DOES NOT FIT: {usable}; it fits with {flags} ({_gib(self.changed_peak.total)}), same global batch"
+        host = f" and {_gib(self.changed_peak.host)} of the host's" if self.changed_peak.host else ""
+        return f"DOES NOT FIT: {usable}; it fits with {flags} ({_gib(self.changed_peak.total)}{host}), same global batch"
 
     def _speed(self) -> str:
         return f"{human_count(self.tokens_per_second)} tokens/s, at {self.efficiency:.0%} of the peak ({self.machine.basis})"
@@ -188,12 +199,12 @@ def make_plan(
     parameters = peak.blocks + peak.embedding
     efficiency = machine.mfu(parameters)
     count = machine.count * (PARALLEL_SHARE if machine.count > 1 else 1)
-    rate = count * flops * efficiency / flops_per_token(final, parameters)
+    again = RECOMPUTED if final.activation_checkpointing else 1
+    rate = count * flops * efficiency / (flops_per_token(final, parameters) * again)
     if tokens is None and config.max_steps:
         samples = config.batch_size * config.gradient_accumulation_steps * machine.count
         tokens = config.max_steps * samples * config.max_length
-    moments = (changed_peak or peak).parts["optimizer"]
-    checkpoint = 4 * parameters + moments
+    checkpoint = 4 * parameters + moment_bytes(final, changed_peak or peak)
     return Plan(
         config,
         vocab_size,
@@ -243,6 +254,8 @@ def smallest_change(
     to look, and the answer is traced itself.
     """
     for remedy in REMEDIES:
+        if not is_possible(config, remedy):
+            continue
         changed = dataclasses.replace(config, **remedy)
         say(f"tracing with {' '.join(_flag(*item) for item in remedy.items()) or 'smaller microbatches'}")
         least = tracer(changed, vocab_size, precision, 1)
@@ -261,6 +274,26 @@ def smallest_change(
         peak = peak if microbatch > 1 else least
         return {**remedy, **batch_change(config, microbatch)}, peak
     return None, None
+
+
+def is_possible(config: TrainConfig, remedy: dict[str, Any]) -> bool:
+    """Return whether the settings go together with this one, and their packages are installed."""
+    if remedy and all(getattr(config, name) == value for name, value in remedy.items()):
+        return False
+    if "8bit" in remedy.values() and find_spec("bitsandbytes") is None:
+        return False
+    try:
+        validate(dataclasses.replace(config, **remedy))
+    except UsageError:
+        return False
+    return True
+
+
+def moment_bytes(config: TrainConfig, peak: Peak) -> int:
+    """Return the bytes of the optimizer's state in a checkpoint."""
+    if config.cpu_offload:  # beside copies of weights and gradients, which no checkpoint holds
+        return peak.host - 8 * (peak.blocks + peak.embedding)
+    return peak.parts["optimizer"]
 
 
 def batch_change(config: TrainConfig, microbatch: int) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_iter
 from ekiden.config import TrainConfig
 from ekiden.modeling.build import build_model, parameter_counts
 from ekiden.modeling.device import Precision
+from ekiden.modeling.prepare import checkpoint_activations
 from ekiden.training import step as step_module
 from ekiden.training.memory import try_step
 from ekiden.training.optimizer import build_optimizer
@@ -32,6 +33,7 @@ from ekiden.training.optimizer import build_optimizer
 BLOCK = 512
 """Bytes that CUDA's caching allocator rounds every tensor up to."""
 PARTS = ("weights", "gradients", "optimizer", "forward", "backward", "update")
+HOST = "host"
 
 
 @dataclass
@@ -41,12 +43,14 @@ class Peak:
     Attributes:
         total: all of them. parts: by owner: weights, gradients, optimizer (moments), and what the forward pass, the
             backward pass and the update made for themselves (activations and logits are the forward pass's).
-        during: the phase of that moment. blocks, embedding: parameters.
+        during: the phase of that moment. host: bytes that `cpu_offload` keeps in the host's memory instead.
+        blocks, embedding: parameters.
     """
 
     total: int
     parts: dict[str, int]
     during: str
+    host: int
     blocks: int
     embedding: int
 
@@ -56,9 +60,10 @@ class _Ledger:
     """Running bytes of every living storage by part, and the worst moment so far."""
 
     living: dict[int, tuple[int, str]] = field(default_factory=dict)
-    bytes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PARTS, 0))
+    bytes: dict[str, int] = field(default_factory=lambda: dict.fromkeys((*PARTS, HOST), 0))
     phase: str = "forward"
     worst: int = 0
+    worst_host: int = 0
     worst_parts: dict[str, int] = field(default_factory=dict)
     worst_phase: str = ""
     references: dict[int, Any] = field(default_factory=dict)
@@ -76,9 +81,11 @@ class _Ledger:
             self.bytes[known[1]] -= size
         self.living[key] = size, part
         self.bytes[part] += size
-        total = sum(self.bytes.values())
+        total = sum(self.bytes[name] for name in PARTS)
+        self.worst_host = max(self.worst_host, self.bytes[HOST])
         if total > self.worst:
-            self.worst, self.worst_parts, self.worst_phase = total, dict(self.bytes), self.phase
+            self.worst, self.worst_phase = total, self.phase
+            self.worst_parts = {name: self.bytes[name] for name in PARTS}
 
     def remove(self, key: int) -> None:
         """Forget a storage that was freed."""
@@ -118,8 +125,10 @@ def traced_peak(config: TrainConfig, vocab_size: int, precision: Precision, micr
         torch.use_deterministic_algorithms(False)  # its fills of new memory are no part of a step's work
         with FakeTensorMode(allow_non_fake_inputs=True):
             materialise(model)
+            if config.activation_checkpointing:
+                checkpoint_activations(model)
             optimizer = build_optimizer(model, config)
-            watch_parts(model, optimizer, ledger)
+            watch_parts(model, optimizer, ledger, config.cpu_offload)
             step_module.fault_hook = lambda _index, phase: setattr(ledger, "phase", phase)
             with _Watch(ledger):
                 state = cast(Any, SimpleNamespace(model=model, optimizer=optimizer))
@@ -127,7 +136,7 @@ def traced_peak(config: TrainConfig, vocab_size: int, precision: Precision, micr
     finally:
         step_module.fault_hook = hook_before
         torch.use_deterministic_algorithms(deterministic)
-    return Peak(ledger.worst, ledger.worst_parts, ledger.worst_phase, blocks, embedding)
+    return Peak(ledger.worst, ledger.worst_parts, ledger.worst_phase, ledger.worst_host, blocks, embedding)
 
 
 def materialise(model: nn.Module) -> None:
@@ -142,8 +151,8 @@ def materialise(model: nn.Module) -> None:
     model.tie_weights()  # type: ignore[operator]
 
 
-def watch_parts(model: nn.Module, optimizer: torch.optim.Optimizer, ledger: _Ledger) -> None:
-    """Count the weights now, gradients and moments as they come."""
+def watch_parts(model: nn.Module, optimizer: torch.optim.Optimizer, ledger: _Ledger, on_host: bool) -> None:
+    """Count the weights now, gradients and moments as they come; `on_host`: what the update makes is the host's."""
     for tensor in [*model.parameters(), *model.buffers()]:
         ledger.add(tensor, "weights")
 
@@ -155,13 +164,14 @@ def watch_parts(model: nn.Module, optimizer: torch.optim.Optimizer, ledger: _Led
         parameter.register_post_accumulate_grad_hook(gradient_made)
 
     def begin_update(*_: Any) -> None:
-        ledger.phase = "update"
+        ledger.phase = HOST if on_host else "update"
 
     def end_update(*_: Any) -> None:
         for state in optimizer.state.values():
             for value in state.values():
                 if isinstance(value, torch.Tensor):
-                    ledger.add(value, "optimizer")
+                    ledger.add(value, HOST if on_host else "optimizer")
+        ledger.phase = "forward"  # the evaluation batch comes next
 
     optimizer.register_step_pre_hook(begin_update)
     optimizer.register_step_post_hook(end_update)

@@ -27,6 +27,8 @@ def take_optimizer(tree: Any, matched: Matched, state: TrainingState) -> str | N
     if saved is None:
         return "no optimizer was found, so its moments begin at zero"
     nothing = "the optimizer's moments begin at zero: "
+    if state.config.optimizer_moments != "fp32":
+        return nothing + f"--optimizer-moments {state.config.optimizer_moments} keeps them in another form"
     if matched.zeros:
         return nothing + "its model has no biases"
     try:

@@ -7,6 +7,7 @@ in a checkpoint.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -16,6 +17,7 @@ from torch import nn
 
 from ekiden.config import TrainConfig
 from ekiden.modeling.build import body
+from ekiden.training.compact_adamw import CompactAdamW, OffloadedOptimizer, eight_bit_adamw
 from ekiden.training.muon import Matrix, Muon
 
 REFERENCE_WIDTH = 256
@@ -56,18 +58,23 @@ def _groups(parameters: list[nn.Parameter], weight_decay: float) -> list[dict[st
     return [group for group in groups if group["params"]]
 
 
-def _adamw(groups: list[dict[str, Any]], config: TrainConfig) -> torch.optim.AdamW:
-    """Return AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) of these groups.
+def _adamw(groups: list[dict[str, Any]], config: TrainConfig) -> torch.optim.Optimizer:
+    """Return AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) of these groups, its moments as the settings say.
 
     The fused kernel is used on every device: one pass over the memory, no temporaries (`foreach` needs 4 more bytes
     a parameter), and it leaves everything untouched where `optimizer.found_inf` is 1, without asking the host.
     """
+    if config.cpu_offload:
+        on_host = dataclasses.replace(config, cpu_offload=False)
+        return OffloadedOptimizer(groups, lambda copies: _adamw(copies, on_host))
+    betas = config.beta1, config.beta2
+    if config.optimizer_moments == "8bit":
+        return eight_bit_adamw(groups, config.learning_rate, betas, config.adam_epsilon)
+    if config.optimizer_moments != "fp32":
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[config.optimizer_moments]
+        return CompactAdamW(groups, dtype, config.learning_rate, betas, config.adam_epsilon)
     return torch.optim.AdamW(
-        groups,
-        lr=config.learning_rate,
-        betas=(config.beta1, config.beta2),
-        eps=config.adam_epsilon,
-        fused=True,
+        groups, lr=config.learning_rate, betas=betas, eps=config.adam_epsilon, fused=True
     )
 
 

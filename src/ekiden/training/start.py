@@ -22,7 +22,7 @@ from ekiden.checkpoint.mirror import Mirror, open_mirror, restore_from_mirror
 from ekiden.checkpoint.store import Checkpoint, CheckpointStore, recover_folder
 from ekiden.config import TrainConfig, field_types
 from ekiden.errors import UserError
-from ekiden.modeling.build import blocks, body, build_model, parameter_counts
+from ekiden.modeling.build import build_model, parameter_counts
 from ekiden.modeling.device import (
     Precision,
     available_cores,
@@ -30,6 +30,7 @@ from ekiden.modeling.device import (
     select_device,
     select_precision,
 )
+from ekiden.modeling.prepare import prepare_model
 from ekiden.progress import human_count, say
 from ekiden.tokenizer.load import Tokenizer
 from ekiden.tokens.batches import Batches
@@ -117,10 +118,7 @@ def prepare(config: TrainConfig, run: RunDirectory, ranks: Ranks | None = None) 
     sharded = wants_shards(config, ranks, sum(p.numel() for p in model.parameters()), device)
     if not sharded:
         model.to(device)  # type: ignore[arg-type]
-    compiled = config.compile == "on" or (config.compile == "auto" and device.type == "cuda" and not sharded)
-    if compiled:
-        for part in blocks(model) if sharded else [body(model)]:
-            part.compile()
+    compiled = prepare_model(model, config, device, precision, sharded)
     optimizer = build_optimizer(model, config)
     scaler = torch.amp.GradScaler(device.type) if precision.use_scaler else None
     identity["run_id"] = ranks.from_main(
@@ -128,7 +126,9 @@ def prepare(config: TrainConfig, run: RunDirectory, ranks: Ranks | None = None) 
     )
     facts = {
         **identity,
-        "environment": environment(device, precision, threads, compiled) | sums_of(config, ranks, sharded),
+        "environment": environment(device, precision, threads, compiled)
+        | sums_of(config, ranks, sharded)
+        | memory_savers(config),
     }
     state = TrainingState(config, model, optimizer, scaler, mixture, facts)
     if saved:
@@ -399,6 +399,15 @@ def sums_of(config: TrainConfig, ranks: Ranks, sharded: bool) -> dict[str, Any]:
     if config.elastic_exact:
         return {"sums": "tree"}
     return {"ranks": ranks.world, "parallel": "fsdp" if sharded else "ddp"} if ranks.world > 1 else {}
+
+
+def memory_savers(config: TrainConfig) -> dict[str, bool]:
+    """Return the settings that may change on resume and compute some sums elsewhere or again."""
+    savers = {
+        "activation_checkpointing": config.activation_checkpointing,
+        "cpu_offload": config.cpu_offload,
+    }
+    return {name: True for name, on in savers.items() if on}
 
 
 def cpu_name() -> str:

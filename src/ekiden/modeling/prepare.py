@@ -1,0 +1,80 @@
+"""A model made ready for training: activations that are computed again, and a compiled decoder where that works.
+
+`training.start` calls `prepare_model` once, after the model has moved to its device.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from transformers import PreTrainedModel
+
+from ekiden.config import TrainConfig
+from ekiden.modeling.build import blocks, body, hidden_states
+from ekiden.modeling.device import Precision
+from ekiden.progress import say
+
+
+def prepare_model(
+    model: PreTrainedModel,
+    config: TrainConfig,
+    device: torch.device,
+    precision: Precision,
+    sharded: bool = False,
+) -> bool:
+    """Make `model` ready as the settings say; return whether its decoder is compiled.
+
+    Args:
+        sharded: the weights will be divided among ranks, so that blocks are compiled one by one, if asked for, and
+            untried: they have no weights on the device yet.
+    """
+    if config.activation_checkpointing:
+        checkpoint_activations(model)
+    if sharded:
+        for block in blocks(model) if config.compile == "on" else []:
+            block.compile()
+        return config.compile == "on"
+    if config.compile == "on" or (config.compile == "auto" and device.type == "cuda"):
+        return compile_body(model, config, device, precision)
+    return False
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Keep each block's input alone and compute the block again in the backward pass (Chen et al. 2016, arXiv:1604.06174).
+
+    There is no dropout, so no random numbers have to be put back (which would make the host wait).
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # it has another name from transformers 5.23 on
+        model.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": False, "preserve_rng_state": False}
+        )
+
+
+def compile_body(
+    model: PreTrainedModel, config: TrainConfig, device: torch.device, precision: Precision
+) -> bool:
+    """Compile the decoder, trying it forward and backward with a microbatch; say why and go on without where it fails.
+
+    Compilers are missing, GPUs too old for Triton, graphs not understood: all of it shows only in the first call,
+    which this one is. Its result is thrown away.
+    """
+    body(model).compile()
+    ids = torch.zeros((config.batch_size, config.max_length), dtype=torch.int64, device=device)
+    try:
+        with torch.autocast(device.type, precision.dtype, enabled=precision.dtype != torch.float32):
+            hidden_states(model, ids).sum().backward()
+    except torch.OutOfMemoryError:
+        pass  # it compiled; the trial before the first step finds the microbatch
+    except Exception as error:  # whatever a compiler may raise
+        body(model)._compiled_call_impl = None  # as before `compile`
+        torch.compiler.reset()
+        reason = next(iter(str(error).splitlines()), "")
+        say(
+            f"torch.compile does not work here ({type(error).__name__}: {reason}); training without it, more slowly"
+        )
+        return False
+    finally:
+        model.zero_grad(set_to_none=True)
+    return True
