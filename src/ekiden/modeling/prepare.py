@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from ekiden.config import TrainConfig
 from ekiden.modeling.build import blocks, body, hidden_states
 from ekiden.modeling.device import Precision
+from ekiden.modeling.fp16 import protect_from_overflow
 from ekiden.progress import say
 
 
@@ -29,6 +30,8 @@ def prepare_model(
         sharded: the weights will be divided among ranks, so that blocks are compiled one by one, if asked for, and
             untried: they have no weights on the device yet.
     """
+    if precision.dtype == torch.float16:
+        protect_from_overflow(model)
     if config.activation_checkpointing:
         checkpoint_activations(model)
     if sharded:

@@ -11,6 +11,7 @@ memory-efficient kernels keeps one number a row.
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -25,7 +26,7 @@ from torch.utils._pytree import tree_iter
 from ekiden.config import TrainConfig
 from ekiden.modeling.build import build_model, parameter_counts
 from ekiden.modeling.device import Precision
-from ekiden.modeling.prepare import checkpoint_activations
+from ekiden.modeling.prepare import prepare_model
 from ekiden.training import step as step_module
 from ekiden.training.memory import try_step
 from ekiden.training.optimizer import build_optimizer
@@ -125,8 +126,7 @@ def traced_peak(config: TrainConfig, vocab_size: int, precision: Precision, micr
         torch.use_deterministic_algorithms(False)  # its fills of new memory are no part of a step's work
         with FakeTensorMode(allow_non_fake_inputs=True):
             materialise(model)
-            if config.activation_checkpointing:
-                checkpoint_activations(model)
+            prepare_model(model, dataclasses.replace(config, compile="off"), torch.device("cpu"), precision)
             optimizer = build_optimizer(model, config)
             watch_parts(model, optimizer, ledger, config.cpu_offload)
             step_module.fault_hook = lambda _index, phase: setattr(ledger, "phase", phase)
