@@ -71,7 +71,9 @@ class Setting:
         preset, changes, self.vocab, microbatch = SHAPES[options.model]
         microbatch = options.batch_size or microbatch
         more = dict(pair.split("=", 1) for pair in options.set)
-        self.config: TrainConfig = build_config(preset, batch_size=microbatch, **{**changes, **more})
+        self.config: TrainConfig = build_config(
+            preset, batch_size=microbatch, **{"optimizer": "adamw", **changes, **more}
+        )
         self.device = select_device("auto")
         self.precision: Precision = select_precision(self.device, options.precision)
         ids = np.random.default_rng(0).integers(4, self.vocab, (microbatch, self.config.max_length + 1))

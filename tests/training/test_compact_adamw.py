@@ -23,6 +23,7 @@ OPTIONS: list[dict[str, object]] = [
 
 
 def build(**settings: object):
+    settings = {"optimizer": "adamw", **settings}
     if settings.get("optimizer_moments") == "8bit":
         pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
     config = build_config(
@@ -117,7 +118,7 @@ def test_fp16_moments_hold_gradients_of_any_size() -> None:
 
 def test_refusals() -> None:
     with pytest.raises(UsageError, match=r"--beta2 0\.98 or less"):
-        build_config("gpt2-10m", optimizer_moments="bf16", beta2=0.999)
+        build_config("gpt2-10m", optimizer="adamw", optimizer_moments="bf16", beta2=0.999)
     with pytest.raises(UsageError, match="--cpu-offload works with --optimizer adamw"):
         build_config("gpt2-10m", optimizer="muon", cpu_offload=True)
 
@@ -125,7 +126,12 @@ def test_refusals() -> None:
 def test_missing_bitsandbytes_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     config = build_config(
-        "gpt2-10m", hidden_size=16, num_attention_heads=2, num_key_value_heads=2, optimizer_moments="8bit"
+        "gpt2-10m",
+        optimizer="adamw",
+        hidden_size=16,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        optimizer_moments="8bit",
     )
     with pytest.raises(UserError, match=r"pip install 'ekiden\[bnb\]'"):
         build_optimizer(build_model(config, 64, 0, 2, 1, seed=1), config)

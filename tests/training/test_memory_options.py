@@ -57,7 +57,7 @@ def test_resume_is_bit_identical(
 ) -> None:
     if "8bit" in options.values():
         pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
-    more = {"sample_tokens": 1, "eval_steps": 0, **options}
+    more = {"optimizer": "adamw", "sample_tokens": 1, "eval_steps": 0, **options}
     train(settings(5, output_dir=tmp_path / "reference", **more))
     stop_at(monkeypatch, 3)
     assert train(settings(5, **more)).status == "paused"
