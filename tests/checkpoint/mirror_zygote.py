@@ -30,7 +30,8 @@ def work(task: dict[str, Any]) -> None:
         return
     uploader = MirrorUploader(mirror, extras, set())
     uploader.submit(checkpoint)
-    assert not uploader.close(0.1)
+    assert not uploader.wait(0.1)
+    uploader.close()
 
 
 def main() -> None:

@@ -49,6 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = load_tokenizer(folder / "tokenizer.model")
     config = TrainConfig(
         model_type="gpt2",
+        initialization="huggingface",
         hidden_size=32,
         num_hidden_layers=1,
         num_attention_heads=2,

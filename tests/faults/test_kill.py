@@ -17,7 +17,7 @@ def test_killed_runs_end_bit_identical(preset: str) -> None:
     """In a process of its own: it forks, and this one has threads."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, str(CAMPAIGN), "--kills", "10", "--preset", preset],
+        [sys.executable, str(CAMPAIGN), "--kills", "6", "--preset", preset],
         env=environment,
         capture_output=True,
         text=True,

@@ -7,12 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from common import work_folder
 
 COMPARE = Path(__file__).with_name("peers") / "compare.py"
 CLEAN = ("needed_human", "silently_older", "steps_lost", "wrong")
 
 
+@pytest.mark.slow
 def test_a_torn_save_is_seen_and_ekiden_has_none() -> None:
     """In a process of its own: it forks, and this one has threads."""
     options = [

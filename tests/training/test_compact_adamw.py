@@ -59,7 +59,7 @@ def moved(steps: int, scale: float = 1.0, **settings: object) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("moments", "limit"), [("bf16", 0.01), ("fp16", 0.002), ("8bit", 0.1)])
-@pytest.mark.parametrize("scale", [1.0, 1e-6])
+@pytest.mark.parametrize("scale", [1.0, pytest.param(1e-6, marks=pytest.mark.slow)])  # 17 s each
 def test_the_path_is_that_of_fp32_moments(moments: str, limit: float, scale: float) -> None:
     exact, found = moved(30, scale), moved(30, scale, optimizer_moments=moments)
     assert ((found - exact).norm() / exact.norm()).item() < limit
