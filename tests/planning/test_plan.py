@@ -39,6 +39,7 @@ def test_every_machine_gives_a_plan(name: str) -> None:
     made = plan(name)
     assert made.tokens_per_second > 0
     assert made.machine.basis in made.text()
+    assert "recipe: " in made.text() and "measured on models of" in made.text()
     assert json.loads(json.dumps(made.as_dict()))["device"] == name
 
 

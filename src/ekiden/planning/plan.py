@@ -20,6 +20,7 @@ from ekiden.planning.devices import GIB, PARALLEL_SHARE, Machine, find_machine, 
 from ekiden.planning.trace import Peak, traced_peak
 from ekiden.progress import human_count, human_duration, say
 from ekiden.tokens.format import TokenDataset
+from ekiden.training.recipe import describe_recipe
 from ekiden.values import parse_bytes, parse_duration
 
 Tracer = Callable[[TrainConfig, int, Precision, int], Peak]
@@ -129,7 +130,7 @@ class Plan:
             _line("time", self._time()),
             _line("disk", self._disk()),
         ]
-        return "\n".join(lines)
+        return "\n".join([*lines, *describe_recipe(self.config)])
 
     def _verdict(self) -> str:
         usable = f"{_gib(self.machine.usable_bytes)} of {_gib(self.machine.total_bytes)} can be planned with"

@@ -14,7 +14,7 @@ SETTINGS = (
 ).split()
 """The settings that make the recipe."""
 
-SOURCE = "measured in docs/recipe.md by benchmarks/learning.py"
+SOURCE = "measured on models of 3.5M parameters (docs/recipe.md, benchmarks/learning.py)"
 
 
 def describe_recipe(config: TrainConfig) -> list[str]:
