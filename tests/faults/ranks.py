@@ -307,6 +307,7 @@ def matrix_options(world: int) -> dict[str, Any]:
         "gradient_accumulation_steps": MATRIX_BATCH // world,
         "save_steps": 0,
         "eval_steps": 0,
+        "optimizer": "adamw",  # FSDP takes no Muon
         "rank_timeout": "20s",
     }
 
