@@ -249,9 +249,9 @@ def infinite(on_rank: int, at_step: int) -> Fault:
             calls += 1
             return loss * float("inf") if rank == on_rank and calls == at_step else loss
 
-        from ekiden.training import loop
+        from ekiden.training import stepping
 
-        loop.accumulate_gradients = poisoned  # type: ignore[attr-defined]
+        stepping.accumulate_gradients = poisoned  # type: ignore[attr-defined]
 
     return set_up
 

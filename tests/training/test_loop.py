@@ -21,7 +21,7 @@ from ekiden.checkpoint import files
 from ekiden.config import TrainConfig, to_yaml
 from ekiden.errors import UserError
 from ekiden.export.load import load_model
-from ekiden.training import loop as loop_module
+from ekiden.training import evaluating
 from ekiden.training import step as step_module
 from ekiden.training.history import read_history
 from ekiden.training.loop import train
@@ -226,8 +226,8 @@ def test_out_of_memory_in_an_evaluation_takes_smaller_batches(
             raise torch.OutOfMemoryError("CUDA out of memory (injected)")
         return evaluate(*arguments, batch_size=batch_size, **others)
 
-    evaluate = loop_module.evaluate
-    monkeypatch.setattr(loop_module, "evaluate", small)
+    evaluate = evaluating.evaluate
+    monkeypatch.setattr(evaluating, "evaluate", small)
     train(settings(3))
     assert sizes == [4, 2, 1]
     assert outcome(tmp_path / "run") == outcome(tmp_path / "reference")

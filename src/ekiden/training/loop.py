@@ -9,41 +9,35 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import math
 import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from ekiden.config import TrainConfig, validate
 from ekiden.errors import UserError
-from ekiden.evaluation.loss import evaluate, format_evaluation
-from ekiden.evaluation.samples import sample_texts
+from ekiden.evaluation.loss import format_evaluation
 from ekiden.progress import Progress, human_count, human_duration, say
-from ekiden.training.exact import GradientTree
+from ekiden.training.evaluating import Evaluator
 from ekiden.training.facts import Clock
 from ekiden.training.history import History, UnwrittenHistory
 from ekiden.training.interruption import REASONS, Interruption
 from ekiden.training.launch import launch
-from ekiden.training.memory import OutOfMemory, is_out_of_memory, memory_bytes, run_within_memory, try_step
+from ekiden.training.memory import is_out_of_memory, memory_bytes
 from ekiden.training.optimizer import learning_rate
 from ekiden.training.ranks import PeerLost, Ranks
 from ekiden.training.rundir import RunDirectory, TrainResult
 from ekiden.training.saving import Saving
-from ekiden.training.sharding import filled_up, gather_back
 from ekiden.training.start import prepare
-from ekiden.training.step import StepFigures, accumulate_gradients, apply_update
+from ekiden.training.step import StepFigures
+from ekiden.training.stepping import Stepper
 from ekiden.training.trackers import Trackers
 from ekiden.values import parse_duration
 
 if TYPE_CHECKING:
     from ekiden.report.writer import ReportWriter
-
-T = TypeVar("T")
 
 
 def train(config: TrainConfig) -> TrainResult:
@@ -130,7 +124,6 @@ class Trainer:
             self.counters.wandb_run_id if own else None,
         )
         self.counters.wandb_run_id = self.trackers.wandb_run_id or self.counters.wandb_run_id
-        self.tree: GradientTree | None = None
         self.report = open_report(run.path) if config.report and ranks.main else None
         self.step_seconds = 0.0
         self.last_loss: float | None = None
@@ -142,13 +135,15 @@ class Trainer:
     def _begin(self) -> None:
         """Take up the run where its newest checkpoint is."""
         self.start = prepare(self.config, self.directory, self.ranks)
-        self.state, self.batches = self.start.state, self.start.batches
-        self.counters = self.state.counters
+        self.state, self.counters = self.start.state, self.start.state.counters
         path = self.directory.history
         written = History(path, self.counters.step) if self.ranks.main else None
         last = self.ranks.from_main(written.last if written else None)
         self.history = written or UnwrittenHistory(path, last)
         self.saving = Saving(self.start, self.history, self.ranks)
+        self.stepper = Stepper(self.start, self.history, self.directory, self.ranks)
+        self.evaluator = Evaluator(self.start, self.ranks)
+        self.logged_at = (self.counters.step, self.counters.seconds)
 
     # -- the session ------------------------------------------------------------------------------------------
 
@@ -158,7 +153,7 @@ class Trainer:
         self.history.event("resume" if resumed else "start", self.counters.step, **self.start.notes)
         try:
             if not resumed or self.start.notes["level"] != "L1":
-                self._try_memory()
+                self.stepper.try_memory()
             self.clock.started()
             reason = self.stopped_for = self._steps()
             if reason is None:
@@ -194,53 +189,56 @@ class Trainer:
 
     def _steps(self) -> str | None:
         """Train until the last step, or until there is a reason to stop; return the reason."""
-        config, counters = self.config, self.counters
-        progress = Progress(self.start.max_steps, "step", "train", initial=counters.step)
-        interval_seconds, interval_start = 0.0, counters.step
+        last = self.start.max_steps
+        progress = Progress(last, "step", "train", initial=self.counters.step)
         try:
-            while counters.step < self.start.max_steps:
-                began = time.perf_counter()
-                figures = self._step()
+            while self.counters.step < last:
+                figures = self._one_step()
+                shown = self._records(figures) if figures else {}
+                progress.update(self.counters.step - progress.done, **shown)
                 if figures is None:
-                    counters = self.counters
-                    progress.update(counters.step - progress.done)
-                    interval_seconds, interval_start = 0.0, counters.step
                     continue
-                skipped = bool(figures.skipped)
-                seconds = time.perf_counter() - began
-                self.step_seconds = max(seconds, 0.9 * self.step_seconds)
-                counters.seconds += seconds
-                self.clock.add("training", seconds)
-                interval_seconds += seconds
-                if not skipped:
-                    counters.bad_in_row = 0
-                elif self._skipped_step(figures):
-                    counters = self.counters
-                    progress.update(counters.step - progress.done)
-                    interval_seconds, interval_start = 0.0, counters.step
-                    continue
-                step = counters.step
-                shown: dict[str, object] = {}
-                if self._due(config.log_steps) or step == 1 or step == self.start.max_steps:
-                    rate = (step - interval_start) * self._tokens_per_step() / max(interval_seconds, 1e-9)
-                    shown = self._log(figures, rate)
-                    interval_seconds, interval_start = 0.0, step
-                if self._due(config.eval_steps) and step < self.start.max_steps:
-                    self._evaluate(config.eval_tokens)
-                if self._due(config.sample_steps) and step < self.start.max_steps:
-                    self._samples()
-                progress.update(1, **shown)
                 self.saving.check()
                 reason, save = self._requests()
-                if reason and step < self.start.max_steps:
+                if reason and self.counters.step < last:
                     return reason
                 # Not amid bad steps: a roll-back should go to before them.
-                due = self._due(config.save_steps) and counters.bad_in_row == 0
+                due = self._due(self.config.save_steps) and self.counters.bad_in_row == 0
                 if due or save:
-                    self._save(wait=not config.background_save)
+                    self._save(wait=not self.config.background_save)
         finally:
             progress.close()
         return None
+
+    def _one_step(self) -> StepFigures | None:
+        """Do one step and count it; None: the run went back to a checkpoint instead."""
+        began = time.perf_counter()
+        figures = self.stepper.step()
+        if figures is None:
+            self._go_back_smaller()
+            return None
+        skipped = bool(figures.skipped)
+        seconds = time.perf_counter() - began
+        self.step_seconds = max(seconds, 0.9 * self.step_seconds)
+        self.counters.seconds += seconds
+        self.clock.add("training", seconds)
+        if not skipped:
+            self.counters.bad_in_row = 0
+        elif self._skipped_step(figures):
+            return None
+        return figures
+
+    def _records(self, figures: StepFigures) -> dict[str, object]:
+        """Log, evaluate and sample where this step is due; return the figures to show."""
+        config, step, last = self.config, self.counters.step, self.start.max_steps
+        shown: dict[str, object] = {}
+        if self._due(config.log_steps) or step in (1, last):
+            shown = self._log(figures)
+        if self._due(config.eval_steps) and step < last:
+            self._evaluate(config.eval_tokens)
+        if self._due(config.sample_steps) and step < last:
+            self._samples()
+        return shown
 
     def _requests(self) -> tuple[str | None, bool]:
         """Return why all have to stop (or None), and whether a save is asked for; one rank's reason is enough."""
@@ -252,151 +250,20 @@ class Trainer:
     def _due(self, every: int) -> bool:
         return every > 0 and self.counters.step % every == 0
 
-    def _tokens_per_step(self) -> int:
-        return self.counters.global_batch * self.config.max_length
-
     def _reserve_seconds(self) -> float:
         """Time that the next step and the last save need before a deadline, twice over since disks are moody."""
         measured = self.counters.save_seconds or 30.0
         return 2 * (self.step_seconds + measured)
 
-    # -- one step ---------------------------------------------------------------------------------------------
+    # -- going back ------------------------------------------------------------------------------------------
 
-    def _step(self) -> StepFigures | None:
-        """Do one optimizer step; halve the microbatch and repeat it where a device runs out of memory.
-
-        Gradients are exchanged once, when every rank has all of its own: no rank waits in a collective for one whose
-        forward or backward pass fails.
-
-        Returns:
-            None where the update itself did not fit: weights are then half changed, and the run went back to its
-            newest checkpoint.
-        """
-        config, counters = self.config, self.counters
-        loss = self._within_memory(self._gradients)
-        if self.tree:
-            loss = self.tree.finish(self.ranks)
-        elif self.state.sharded:
-            self.ranks.sum_([loss])
-        else:
-            gradients = [p.grad for p in self.state.model.parameters() if p.grad is not None]
-            self.ranks.sum_([*gradients, loss])
-        rate = learning_rate(counters.step, config, self.start.max_steps, counters.decay)
-        update = functools.partial(
-            apply_update, self.state.optimizer, loss, rate, config.max_grad_norm, self.state.scaler
-        )
-        figures = run_within_memory(update)
-        problem = self.ranks.first(figures.problem if isinstance(figures, OutOfMemory) else None)
-        if problem or isinstance(figures, OutOfMemory):
-            self._go_back_smaller(problem)
-            return None
-        counters.step += 1
-        counters.tokens += self._tokens_per_step()
-        return figures
-
-    def _within_memory(self, work: Callable[[], T]) -> T:
-        """Return what `work` returns on this rank, repeated with half the microbatch on all where one has no memory."""
-        while True:
-            result = run_within_memory(work)
-            if isinstance(result, OutOfMemory) and self.state.sharded:
-                self._leave_smaller(result.problem)
-            problem = self.ranks.first(result.problem if isinstance(result, OutOfMemory) else None)
-            if problem is None and not isinstance(result, OutOfMemory):
-                return result
-            del result
-            self._halve_microbatch(problem)
-
-    def _gradients(self) -> torch.Tensor:
-        """Add up the gradients of this step's global batch; return its mean loss."""
-        counters, ranks = self.counters, self.ranks
-        microbatches = self.batches.microbatches(
-            counters.data_step(counters.step), counters.microbatch, ranks.rank, ranks.world
-        )
-        if self.state.sharded:
-            largest = -(-counters.global_batch // ranks.world)
-            microbatches = filled_up(microbatches, -(-largest // counters.microbatch))
-        exact = self.config.elastic_exact
-        self.tree = GradientTree(list(self.state.model.parameters())) if exact else None
-        return accumulate_gradients(
-            self.state.model,
-            microbatches,
-            self._tokens_per_step(),
-            self.start.precision,
-            self.state.scaler,
-            self.config.loss_chunk_size,
-            after=self.tree.add if self.tree else None,
-        )
-
-    def _leave_smaller(self, problem: str) -> None:
-        """End the run where one rank has no memory amid exchanges that the others wait in; the next start takes less.
-
-        Raises:
-            UserError: always.
-        """
-        before = self.counters.microbatch
-        if before == 1:
-            self._halve_microbatch((self.ranks.rank, problem))
-        self.directory.write_microbatch(before // 2)
-        raise UserError(
-            self.ranks.name(
-                f"out of memory at step {self.counters.step + 1} with --parallel fsdp, where ranks cannot try again; run the "
-                f"same command again (or give --max-restarts): it takes microbatches of {before // 2}, same global batch"
-            )
-        )
-
-    def _try_memory(self) -> None:
-        """Find the microbatch that fits before the first step, where nothing can be lost by failing."""
-        self._within_memory(self._try_step)
-
-    def _try_step(self) -> None:
-        config = self.config
-        try_step(
-            self.state,
-            self.start.precision,
-            self.counters.microbatch,
-            config.max_length,
-            config.loss_chunk_size,
-        )
-
-    def _go_back_smaller(self, problem: tuple[int, str] | None) -> None:
-        """Go on from the newest checkpoint with half the microbatch: an update that did not fit left half of itself."""
-        before = self.counters
-        self._halve_microbatch(problem)
-        smaller = self.counters.microbatch
+    def _go_back_smaller(self) -> None:
+        """Go on from the newest checkpoint with the microbatch of now: an update that did not fit left half of itself."""
+        step, smaller = self.counters.step + 1, self.counters.microbatch
         self._end_session()
         self._begin()
         self.counters.microbatch_schedule.append([self.counters.step, smaller])
-        say(
-            f"the optimizer's update of step {before.step + 1} did not fit; back at step {self.counters.step}"
-        )
-
-    def _halve_microbatch(self, problem: tuple[int, str] | None) -> None:
-        """Make room: half the microbatch, twice the accumulation, the same global batch.
-
-        Args:
-            problem: (rank, what its allocator said) of the first rank that has no memory.
-
-        Raises:
-            UserError: the microbatch is one sample already.
-        """
-        counters = self.counters
-        rank, words = problem or (self.ranks.rank, "")
-        where = f" on rank {rank}" if self.ranks.world > 1 else ""
-        self.state.optimizer.zero_grad(set_to_none=True)
-        if counters.microbatch == 1:
-            raise UserError(
-                f"out of memory{where} at step {counters.step + 1} with one sample of {self.config.max_length} tokens; lower "
-                "--max-length or choose a smaller preset"
-            )
-        smaller = counters.microbatch // 2
-        say(
-            f"out of memory{where} at step {counters.step + 1}: microbatch {counters.microbatch} -> {smaller}, same global "
-            "batch"
-        )
-        self.history.event(
-            "oom", counters.step, microbatch=[counters.microbatch, smaller], rank=rank, problem=words
-        )
-        counters.microbatch_schedule.append([counters.step, smaller])
+        say(f"the optimizer's update of step {step} did not fit; back at step {self.counters.step}")
 
     def _skipped_step(self, figures: StepFigures) -> bool:
         """Count a step whose loss or gradient was not finite; return True after a roll-back.
@@ -442,14 +309,18 @@ class Trainer:
     def _end_session(self, give_up: Callable[[], bool] = lambda: False) -> None:
         """Close what `_begin` opens; `give_up` as in `Saving.close`."""
         self.saving.close(give_up)
-        self.batches.close()
+        self.start.batches.close()
         self.history.close()
 
     # -- what is recorded ---------------------------------------------------------------------------------------
 
-    def _log(self, figures: StepFigures, tokens_per_second: float) -> dict[str, object]:
+    def _log(self, figures: StepFigures) -> dict[str, object]:
         """Write the training record of this step; return the figures to show."""
         counters = self.counters
+        step, seconds = self.logged_at
+        tokens = (counters.step - step) * self.stepper.tokens_per_step
+        tokens_per_second = tokens / max(counters.seconds - seconds, 1e-9)
+        self.logged_at = (counters.step, counters.seconds)
         loss = self.last_loss = float(figures.loss)
         self.history.add(
             "train",
@@ -493,7 +364,7 @@ class Trainer:
         """Evaluate every language, keep the best model so far; return the figures."""
         counters = self.counters
         with self.clock.span("evaluation"):
-            result = self._once(lambda: self._evaluate_within_memory(tokens_per_language))
+            result = self.evaluator.losses(tokens_per_language)
         say(f"step {counters.step} evaluation\n{format_evaluation(result)}")
         loss = result["macro"]["loss"] if result["macro"] else None
         # best/ is not mirrored: on a new machine the best is the best since then.
@@ -510,55 +381,9 @@ class Trainer:
             self.report.request()
         return result
 
-    def _evaluate_within_memory(self, tokens_per_language: int) -> dict[str, Any]:
-        """Evaluate with batches as large as a microbatch, or half of that and half again where they do not fit.
-
-        Raises:
-            UserError: one sample does not fit.
-        """
-        batch_size = self.counters.microbatch
-        while batch_size:
-            work = functools.partial(
-                evaluate,
-                self.state.model,
-                self.start.dataset,
-                length=self.config.max_length,
-                tokens_per_language=tokens_per_language or None,
-                batch_size=batch_size,
-                precision=self.start.precision,
-                chunk_rows=self.config.loss_chunk_size,
-            )
-            result = run_within_memory(work)
-            if not isinstance(result, OutOfMemory):
-                return result
-            say(
-                f"out of memory in the evaluation of step {self.counters.step} with {batch_size} samples at a time"
-            )
-            batch_size //= 2
-        raise UserError(
-            f"out of memory evaluating one sample of {self.config.max_length} tokens; lower --loss-chunk-size"
-        )
-
-    def _once(self, work: Callable[[], T]) -> T:
-        """Return the main rank's result of `work`; in shards the model needs all ranks to do it."""
-        if not self.state.sharded:
-            return self.ranks.on_main(work)
-        result = work()
-        gather_back(self.state.model)
-        return self.ranks.from_main(result)
-
     def _samples(self) -> None:
-        make = functools.partial(
-            sample_texts,
-            self.state.model,
-            self.start.tokenizer,
-            self.start.dataset,
-            prompts=self.config.sample_prompts or None,
-            max_new_tokens=self.config.sample_tokens,
-            seed=self.config.seed,
-        )
         with self.clock.span("samples"):
-            texts = self._once(make)
+            texts = self.evaluator.samples()
         self.history.add("samples", self.counters.step, languages=texts)
         for language, samples in texts.items():
             say(
