@@ -37,8 +37,8 @@ from ekiden.config import TrainConfig, build_config
 from ekiden.modeling.build import body, build_model, parameter_counts
 from ekiden.modeling.device import Precision, peak_flops, select_device, select_precision
 from ekiden.modeling.flops import flops_per_token
+from ekiden.training.facts import cpu_name
 from ekiden.training.optimizer import build_optimizer
-from ekiden.training.start import cpu_name
 from ekiden.training.step import accumulate_gradients, apply_update
 
 Step = Callable[[], float]

@@ -1,6 +1,7 @@
-"""What a session ran on and with, for its event in the history: hardware, versions, model size, planned mixture.
+"""What a session runs on and with: hardware, versions, model size, planned mixture, and where its time goes.
 
-Nothing here decides anything; `training.start.environment` is what has to be equal for bit-identical results.
+Nothing here decides anything. `session_facts` go into the start's event in the history; `environment`, `sums_of` and
+`memory_savers`, kept with every checkpoint, are what has to be equal for a resumed run to be bit-identical.
 """
 
 from __future__ import annotations
@@ -11,14 +12,19 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+import transformers
 
+import ekiden
+from ekiden.config import TrainConfig
 from ekiden.modeling.build import parameter_counts
 from ekiden.modeling.device import Precision, available_cores, peak_flops
 from ekiden.modeling.flops import flops_per_token
+from ekiden.training.ranks import Ranks
 from ekiden.training.state import TrainingState
 
 PACKAGES = ("torch", "transformers", "tokenizers", "sentencepiece", "numpy", "safetensors")
@@ -54,6 +60,47 @@ def session_facts(state: TrainingState, device: torch.device, precision: Precisi
         "mixture": state.mixture.as_dict(),
         "global_batch": state.counters.global_batch,
     }
+
+
+def environment(device: torch.device, precision: Precision, threads: int, compiled: bool) -> dict[str, Any]:
+    """Return what has to be equal for a resumed run to be bit-identical (on a CPU the thread count orders the sums)."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+    facts = {
+        "device": name,
+        "precision": precision.name,
+        "compiled": compiled,
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
+        "ekiden": ekiden.__version__,
+    }
+    return facts | ({"threads": threads} if device.type == "cpu" else {})
+
+
+def sums_of(config: TrainConfig, ranks: Ranks, sharded: bool) -> dict[str, Any]:
+    """Return what decides the order in which gradients are summed over ranks; with `--elastic-exact` nothing does."""
+    if config.elastic_exact:
+        return {"sums": "tree"}
+    return {"ranks": ranks.world, "parallel": "fsdp" if sharded else "ddp"} if ranks.world > 1 else {}
+
+
+def memory_savers(config: TrainConfig) -> dict[str, bool]:
+    """Return the settings that may change on resume and compute some sums elsewhere or again."""
+    savers = {
+        "activation_checkpointing": config.activation_checkpointing,
+        "cpu_offload": config.cpu_offload,
+    }
+    return {name: True for name, on in savers.items() if on}
+
+
+def cpu_name() -> str:
+    """Return the processor's model name, or its architecture where the system does not tell."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
 
 
 class Clock:

@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import math
 import os
-import platform
 import uuid
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import transformers
+from transformers import PreTrainedModel
 
-import ekiden
-from ekiden.checkpoint.mirror import Mirror, open_mirror, restore_from_mirror
-from ekiden.checkpoint.store import Checkpoint, CheckpointStore, recover_folder
+from ekiden.checkpoint.mirror import Mirror
+from ekiden.checkpoint.store import CheckpointStore
 from ekiden.config import TrainConfig, field_types
 from ekiden.errors import UserError
 from ekiden.modeling.build import build_model, parameter_counts
@@ -36,17 +33,17 @@ from ekiden.tokenizer.load import Tokenizer
 from ekiden.tokens.batches import Batches
 from ekiden.tokens.format import TokenDataset
 from ekiden.tokens.mixture import Mixture, final_shares, plan_mixture
-from ekiden.training.converted import open_any, restore_any
+from ekiden.training.converted import restore_any
 from ekiden.training.exact import check_tree
-from ekiden.training.facts import session_facts
+from ekiden.training.facts import environment, memory_savers, session_facts, sums_of
+from ekiden.training.finding import Found, find_files
 from ekiden.training.foreign import take_foreign
 from ekiden.training.optimizer import build_optimizer, learning_rate
 from ekiden.training.ranks import Ranks
 from ekiden.training.recipe import describe_recipe
-from ekiden.training.rundir import RunDirectory, default_checkpoint_budget
+from ekiden.training.rundir import RunDirectory
 from ekiden.training.sharding import shard_state, wants_shards
 from ekiden.training.state import Counters, SavedState, TrainingState, changed_settings
-from ekiden.values import parse_bytes
 
 
 @dataclass
@@ -85,28 +82,96 @@ def prepare(config: TrainConfig, run: RunDirectory, ranks: Ranks | None = None) 
     dataset = TokenDataset.open(config.dataset_path)
     tokenizer = dataset.tokenizer()
     identity = {"data": dataset.fingerprint, "tokenizer": dataset.tokenizer_sha256}
-    found: list[Found] = []
+    found, resumed_step, saved = look(config, run, identity, ranks)
+    changed = changed_settings(saved["config"], config) if saved else {}
+    mixture, global_batch = order_of_samples(config, dataset, saved, ranks)
+    model, sharded, compiled = place_model(config, tokenizer, device, precision, ranks)
+    identity["run_id"] = ranks.from_main(
+        (saved["identity"].get("run_id") if saved else None) or uuid.uuid4().hex
+    )
+    facts = environment(device, precision, threads, compiled)
+    facts |= sums_of(config, ranks, sharded) | memory_savers(config)
+    optimizer = build_optimizer(model, config)
+    scaler = torch.amp.GradScaler(device.type) if precision.use_scaler else None
+    state = TrainingState(config, model, optimizer, scaler, mixture, {**identity, "environment": facts})
+    if saved:
+        if found.checkpoint:
+            restore_any(state, found.checkpoint)
+        state.counters = Counters(**saved["counters"])
+        if "batch_size" in changed:
+            state.counters.microbatch_schedule.append([state.counters.step, config.batch_size])
+    else:
+        state.counters.global_batch = global_batch
+        state.counters.microbatch_schedule = [[0, config.batch_size]]
+    max_steps = last_step(state, saved, dataset)
+    taken = None if saved else ranks.on_main(lambda: take_weights(config, state, max_steps))
+    limit = ranks.on_main(run.read_microbatch)
+    if limit and limit < state.counters.microbatch:
+        state.counters.microbatch_schedule.append([state.counters.step, limit])
+    if config.elastic_exact:
+        check_tree(global_batch, state.counters.microbatch, ranks.world)
+    state.share(ranks, moments=not sharded)
+    if sharded:
+        shard_state(state, ranks, device, precision)
+    notes = describe(state, max_steps, saved, changed) | ({"taken": taken} if taken else {})
+    return Start(
+        state=state,
+        dataset=dataset,
+        tokenizer=tokenizer,
+        batches=Batches(dataset, state.mixture, global_batch),
+        store=found.store,
+        mirror=found.mirror,
+        device=device,
+        precision=precision,
+        max_steps=max_steps,
+        resumed_from=found.checkpoint,
+        resumed_step=resumed_step,
+        notes=notes | session_facts(state, device, precision),
+    )
 
-    def look() -> Any:
-        found.append(find_files(config, run, identity))
-        checkpoint = found[0].checkpoint
+
+def look(
+    config: TrainConfig, run: RunDirectory, identity: dict[str, Any], ranks: Ranks
+) -> tuple[Found, int | None, dict[str, Any] | None]:
+    """Return what the main rank finds to go on from, and on every rank its step and its `trainer_state.json`."""
+    found = Found(None, None, None)
+
+    def find() -> Any:
+        nonlocal found
+        found = find_files(config, run, identity)
+        checkpoint = found.checkpoint
         return [checkpoint.step, checkpoint.json("trainer_state.json")] if checkpoint else [None, None]
 
-    resumed_step, saved = ranks.on_main(look)
-    store, mirror, checkpoint = found[0] if found else Found(None, None, None)
-    global_batch = config.batch_size * config.gradient_accumulation_steps * ranks.world
-    changed: dict[str, tuple[Any, Any]] = {}
+    resumed_step, saved = ranks.on_main(find)
+    return found, resumed_step, saved
+
+
+def order_of_samples(
+    config: TrainConfig, dataset: TokenDataset, saved: dict[str, Any] | None, ranks: Ranks
+) -> tuple[Mixture, int]:
+    """Return the mixture and the global batch: the run's own, or a new run's, which it keeps for ever.
+
+    Raises:
+        UserError: they are not what the run began with; or there are more ranks than samples.
+    """
     if saved:
-        changed = changed_settings(saved["config"], config)
         check_data(saved["identity"], dataset, config)
         mixture = Mixture.from_dict(saved["mixture"])
         global_batch = check_global_batch(saved["counters"]["global_batch"], saved["config"], config)
     else:
+        global_batch = config.batch_size * config.gradient_accumulation_steps * ranks.world
         mixture = fresh_mixture(config, dataset, global_batch)
     if global_batch < ranks.world:
         raise UserError(
             f"a global batch of {global_batch} samples cannot be divided among {ranks.world} ranks; start at most {global_batch}"
         )
+    return mixture, global_batch
+
+
+def place_model(
+    config: TrainConfig, tokenizer: Tokenizer, device: torch.device, precision: Precision, ranks: Ranks
+) -> tuple[PreTrainedModel, bool, bool]:
+    """Return a new model, whether its state is to be sharded (it is on the CPU then), and whether it is compiled."""
     model = build_model(
         config,
         vocab_size=tokenizer.vocab_size,
@@ -118,59 +183,17 @@ def prepare(config: TrainConfig, run: RunDirectory, ranks: Ranks | None = None) 
     sharded = wants_shards(config, ranks, sum(p.numel() for p in model.parameters()), device)
     if not sharded:
         model.to(device)  # type: ignore[arg-type]
-    compiled = prepare_model(model, config, device, precision, sharded)
-    optimizer = build_optimizer(model, config)
-    scaler = torch.amp.GradScaler(device.type) if precision.use_scaler else None
-    identity["run_id"] = ranks.from_main(
-        (saved["identity"].get("run_id") if saved else None) or uuid.uuid4().hex
-    )
-    facts = {
-        **identity,
-        "environment": environment(device, precision, threads, compiled)
-        | sums_of(config, ranks, sharded)
-        | memory_savers(config),
-    }
-    state = TrainingState(config, model, optimizer, scaler, mixture, facts)
-    if saved:
-        if checkpoint:
-            restore_any(state, checkpoint)
-        state.counters = Counters(**saved["counters"])
-        if "batch_size" in changed:
-            state.counters.microbatch_schedule.append([state.counters.step, config.batch_size])
-    else:
-        state.counters.global_batch = global_batch
-        state.counters.microbatch_schedule = [[0, config.batch_size]]
-    max_steps = config.max_steps or steps_of_epochs(config, dataset, global_batch)
-    if config.decay_from and saved and not state.counters.decay:
+    return model, sharded, prepare_model(model, config, device, precision, sharded)
+
+
+def last_step(state: TrainingState, saved: dict[str, Any] | None, dataset: TokenDataset) -> int:
+    """Return the run's number of steps; begin the decay that `--decay-from` asks for, which has its own."""
+    config, counters = state.config, state.counters
+    if config.decay_from and saved and not counters.decay:
         begin_decay(state, saved["config"], dataset)
-    if state.counters.decay:
-        max_steps = int(state.counters.decay[0] + state.counters.decay[1])
-    taken = None if saved else ranks.on_main(lambda: take_weights(config, state, max_steps))
-    limit = ranks.on_main(run.read_microbatch)
-    if limit and limit < state.counters.microbatch:
-        state.counters.microbatch_schedule.append([state.counters.step, limit])
-    if config.elastic_exact:
-        check_tree(global_batch, state.counters.microbatch, ranks.world)
-    state.share(ranks, moments=not sharded)
-    if sharded:
-        shard_state(state, ranks, device, precision)
-    notes = describe(state, max_steps, saved, changed) | ({"taken": taken} if taken else {})
-    notes |= session_facts(state, device, precision)
-    batches = Batches(dataset, state.mixture, global_batch)
-    return Start(
-        state,
-        dataset,
-        tokenizer,
-        batches,
-        store,
-        mirror,
-        device,
-        precision,
-        max_steps,
-        checkpoint,
-        resumed_step,
-        notes,
-    )
+    if counters.decay:
+        return int(counters.decay[0] + counters.decay[1])
+    return config.max_steps or steps_of_epochs(config, dataset, counters.global_batch)
 
 
 def begin_decay(state: TrainingState, source: dict[str, Any], dataset: TokenDataset) -> None:
@@ -195,30 +218,6 @@ def begin_decay(state: TrainingState, source: dict[str, Any], dataset: TokenData
     say(f"decaying over {steps} steps from step {counters.step}, from a learning rate of {rate:g}")
 
 
-class Found(NamedTuple):
-    """What the main rank opens: the run's store, its mirror where it has one, the checkpoint to go on from."""
-
-    store: CheckpointStore | None
-    mirror: Mirror | None
-    checkpoint: SavedState | None
-
-
-def find_files(config: TrainConfig, run: RunDirectory, identity: dict[str, Any]) -> Found:
-    """Return what lies in the run directory and the mirror, with what a killed session left mended.
-
-    Raises:
-        UserError: as `newest_own` and `find_checkpoint`.
-    """
-    for folder in (run.best, run.final_model):
-        recover_folder(folder)
-    budget = parse_bytes(config.checkpoint_budget, "--checkpoint-budget")
-    if budget is None:
-        budget = default_checkpoint_budget(run.checkpoints)
-    store = CheckpointStore(run.checkpoints, config.max_checkpoints, budget)
-    mirror = open_mirror(config.mirror) if config.mirror else None
-    return Found(store, mirror, find_checkpoint(config, newest_own(store, run, mirror, identity)))
-
-
 def rank_device(requested: str, ranks: Ranks) -> torch.device:
     """Return this rank's device: where there are several ranks, each takes the GPU of its number on the machine.
 
@@ -237,79 +236,6 @@ def rank_device(requested: str, ranks: Ranks) -> torch.device:
         )
     gpu = requested == "cuda" or (requested == "auto" and torch.cuda.is_available())
     return select_device(f"cuda:{ranks.local_rank}" if gpu else "cpu")
-
-
-def newest_own(
-    store: CheckpointStore, run: RunDirectory, mirror: Mirror | None, identity: dict[str, Any]
-) -> Checkpoint | None:
-    """Return the newest good checkpoint of this run, fetched first where the mirror has a newer one.
-
-    Raises:
-        UserError: some exist and none is good, here or there; or the mirror holds another run, or is needed and cannot
-            be read.
-    """
-    if mirror is None:
-        return store.newest()
-    own, problem = None, None
-    try:
-        own = store.newest()
-    except UserError as error:
-        problem = error
-    known = {**(own.manifest.run if own else {}), **identity}
-    if restore_from_mirror(mirror, store.folder, run.path, own.step if own else None, known):
-        return store.newest()
-    if problem:
-        raise problem
-    return own
-
-
-def find_checkpoint(config: TrainConfig, own: Checkpoint | None) -> SavedState | None:
-    """Return the checkpoint to go on from: the newest good one of this run, else the one asked for, else None.
-
-    A run that began with `--resume-from` or `--init-from` goes on from its own checkpoints when the same command is
-    given again. None also where only the weights of what is asked for can be taken (`take_weights`).
-
-    Raises:
-        UserError: the one asked for is missing or damaged; or some exist and none is good.
-    """
-    given = config.init_from or config.decay_from or config.resume_from
-    if given == "auto":
-        return own
-    path = Path(given)
-    settings = own.json("trainer_state.json")["config"] if own else {}
-    began_with_it = given in [settings.get(name) for name in ("init_from", "decay_from", "resume_from")]
-    if not path.exists() and not began_with_it:
-        flag = "--init-from" if config.init_from else "--decay-from" if config.decay_from else "--resume-from"
-        raise UserError(f"{flag} {path} does not exist; give a run, a checkpoint, a folder, a .pt or a .json")
-    asked = open_any(path) if path.exists() and not config.init_from else None
-    if config.decay_from and asked is None and own is None:
-        raise UserError(
-            f"--decay-from {path} holds no whole checkpoint of a run; give a run or a checkpoint folder"
-        )
-    if asked is not None and (own is None or own.step < asked.step):
-        return asked
-    if own is not None and (asked is None or own.path.resolve() != asked.path.resolve()):
-        say(
-            f"going on from {own.path.name} of this run; give another --output-dir to begin with {path} again"
-        )
-    return own
-
-
-def take_weights(config: TrainConfig, state: TrainingState, max_steps: int) -> str | None:
-    """Put what fits of `--init-from`, or of a `--resume-from` that is no whole checkpoint, into a fresh state.
-
-    Returns:
-        What was taken and what was not, in a sentence; None where nothing is asked for.
-
-    Raises:
-        UserError: it does not hold this model's weights.
-    """
-    given = config.init_from or config.resume_from
-    if given == "auto":
-        return None
-    report = take_foreign(given, state, weights_only=bool(config.init_from), max_steps=max_steps)
-    say(report.sentence())
-    return report.sentence()
 
 
 def fresh_mixture(config: TrainConfig, dataset: TokenDataset, global_batch: int) -> Mixture:
@@ -341,6 +267,23 @@ def steps_of_epochs(config: TrainConfig, dataset: TokenDataset, global_batch: in
     """Return the steps in which `epochs` times as many tokens are seen as the training split holds."""
     tokens = sum(dataset.split(name, "train").tokens for name in dataset.languages)
     return max(1, math.ceil(config.epochs * tokens / (global_batch * config.max_length)))
+
+
+def take_weights(config: TrainConfig, state: TrainingState, max_steps: int) -> str | None:
+    """Put what fits of `--init-from`, or of a `--resume-from` that is no whole checkpoint, into a fresh state.
+
+    Returns:
+        What was taken and what was not, in a sentence; None where nothing is asked for.
+
+    Raises:
+        UserError: it does not hold this model's weights.
+    """
+    given = config.init_from or config.resume_from
+    if given == "auto":
+        return None
+    report = take_foreign(given, state, weights_only=bool(config.init_from), max_steps=max_steps)
+    say(report.sentence())
+    return report.sentence()
 
 
 def check_data(identity: dict[str, Any], dataset: TokenDataset, config: TrainConfig) -> None:
@@ -378,47 +321,6 @@ def check_global_batch(began_with: int, saved: dict[str, Any], config: TrainConf
             f"{began_with // ranks_then}"
         )
     return now
-
-
-def environment(device: torch.device, precision: Precision, threads: int, compiled: bool) -> dict[str, Any]:
-    """Return what has to be equal for a resumed run to be bit-identical (on a CPU the thread count orders the sums)."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
-    facts = {
-        "device": name,
-        "precision": precision.name,
-        "compiled": compiled,
-        "torch": str(torch.__version__),
-        "transformers": transformers.__version__,
-        "ekiden": ekiden.__version__,
-    }
-    return facts | ({"threads": threads} if device.type == "cpu" else {})
-
-
-def sums_of(config: TrainConfig, ranks: Ranks, sharded: bool) -> dict[str, Any]:
-    """Return what decides the order in which gradients are summed over ranks; with `--elastic-exact` nothing does."""
-    if config.elastic_exact:
-        return {"sums": "tree"}
-    return {"ranks": ranks.world, "parallel": "fsdp" if sharded else "ddp"} if ranks.world > 1 else {}
-
-
-def memory_savers(config: TrainConfig) -> dict[str, bool]:
-    """Return the settings that may change on resume and compute some sums elsewhere or again."""
-    savers = {
-        "activation_checkpointing": config.activation_checkpointing,
-        "cpu_offload": config.cpu_offload,
-    }
-    return {name: True for name, on in savers.items() if on}
-
-
-def cpu_name() -> str:
-    """Return the processor's model name, or its architecture where the system does not tell."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def describe(

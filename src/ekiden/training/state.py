@@ -109,7 +109,7 @@ class TrainingState:
 
     Args:
         identity: JSON facts kept with every checkpoint: data and tokenizer fingerprints and the environment that
-            decides whether results stay bit-identical (`training.start.environment`).
+            decides whether results stay bit-identical (`training.facts.environment`).
     """
 
     def __init__(
