@@ -364,3 +364,30 @@ def test_write_atomic_keeps_the_old_file_when_it_fails(tmp_path: Path) -> None:
         assert path.read_bytes() == b"old" and steps(tmp_path) == ["result.json"]
     files.write_atomic(path, b"new")
     assert path.read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("operation", ["fsync", "rename", "sync"])
+def test_a_file_that_takes_a_name_is_the_old_or_the_new_one(tmp_path: Path, operation: str) -> None:
+    path = tmp_path / "model.json"
+    path.write_text("old")
+
+    def fail(seen: str, _path: Path) -> None:
+        if seen == operation:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with injected(fail), pytest.raises(OSError, match="No space"), files.replacing(path) as temporary:
+        temporary.write_text("new")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model.json"]
+    assert path.read_text() == ("new" if operation == "sync" else "old")
+
+
+def test_a_block_that_fails_leaves_the_old_file_alone(tmp_path: Path) -> None:
+    path = tmp_path / "model.json"
+    path.write_text("old")
+    with pytest.raises(KeyboardInterrupt), files.replacing(path) as temporary:
+        temporary.write_text("half of the ne")
+        raise KeyboardInterrupt
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model.json"] and path.read_text() == "old"
+    with files.replacing(path) as temporary:
+        temporary.write_text("new")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model.json"] and path.read_text() == "new"

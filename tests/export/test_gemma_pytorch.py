@@ -112,3 +112,9 @@ def test_models_that_it_cannot_run(tokenizer, tmp_path):
     with pytest.raises(UserError, match="its output matrix is the embedding's"):
         export_gemma_pytorch(other, tmp_path / "m.ckpt")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_same_export_gives_the_same_bytes(tokenizer, tmp_path):
+    model = small_model("gemma3-tiny", tokenizer)
+    first = export_gemma_pytorch(model, tmp_path / "first.ckpt").read_bytes()
+    assert export_gemma_pytorch(model, tmp_path / "second.ckpt").read_bytes() == first

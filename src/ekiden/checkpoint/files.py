@@ -169,20 +169,44 @@ def remove_tree(path: Path) -> None:
     path.rmdir()
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a small file so that there is always the old one or the new one, whole."""
+@contextlib.contextmanager
+def _taking_the_name(path: Path) -> Iterator[Path]:
+    """Yield a name beside `path`; the durable file that the block left there is renamed to `path`."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         if temporary.exists():
             remove_file(temporary)
-        with DurableFile(temporary) as file:
-            file.write(data)
+        yield temporary
         rename(temporary, path)
         sync_folder(path.parent)
-    except OSError:
+    except BaseException:
         with contextlib.suppress(OSError):
             remove_file(temporary)
         raise
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a name beside `path`; what the block wrote there gets the name `path` once it is whole and durable.
+
+    For a file that something else writes; the block closes it. After an error what was at `path` stays.
+
+    Raises:
+        OSError: the disk is full or fails.
+    """
+    with _taking_the_name(path) as temporary:
+        yield temporary
+        descriptor = os.open(temporary, os.O_RDONLY)
+        try:
+            sync_file(descriptor, temporary)
+        finally:
+            os.close(descriptor)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a small file so that there is always the old one or the new one, whole."""
+    with _taking_the_name(path) as temporary, DurableFile(temporary) as file:
+        file.write(data)
 
 
 class NotRegular(OSError):

@@ -24,6 +24,7 @@ from collections.abc import Hashable
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ekiden.checkpoint import files
 from ekiden.checkpoint.json_reader import HEADER, METADATA, ROOT, TENSOR_KEYS, VERSION, read_json
 from ekiden.checkpoint.json_scan import LONG_BYTES
 from ekiden.checkpoint.lazy import (
@@ -32,7 +33,6 @@ from ekiden.checkpoint.lazy import (
     TorchValue,
     check_tree,
     load_tree,
-    new_file,
     rechunk,
 )
 from ekiden.checkpoint.number_lists import numbers
@@ -75,7 +75,7 @@ def write_json(path: Path, value: Any, readable: bool = False) -> None:
             if entry["path"][:1] != [METADATA]:
                 entry["path"] = [ROOT, *entry["path"]]
         encoded = {ROOT: encoded}
-    with new_file(path) as file:
+    with files.replacing(path) as temporary, temporary.open("wb") as file:
         _write(file, {HEADER: header} | encoded, readable)
         file.write(b"\n")
 

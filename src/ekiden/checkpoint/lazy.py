@@ -7,14 +7,12 @@ import alone takes 200 MB, more than a conversion.
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -220,20 +218,3 @@ def _load(value: Any, done: dict[Hashable, Any]) -> Any:
     if isinstance(value, (list, tuple, set)):
         return type(value)(_load(item, done) for item in value)
     return value
-
-
-@contextlib.contextmanager
-def new_file(path: Path) -> Iterator[BinaryIO]:
-    """Yield a file that gets the name `path`, in place of one of that name, once it is whole and durable."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        files.rename(temporary, path)
-        files.sync_folder(path.parent)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            files.remove_file(temporary)
-        raise

@@ -25,7 +25,6 @@ from ekiden.checkpoint.lazy import (
     MAX_DIMENSIONS,
     LazyTensor,
     check_tree,
-    new_file,
     read_range,
     strided_chunks,
 )
@@ -277,7 +276,7 @@ def write_torch(path: Path, value: Any) -> None:
             keys[tensor.identity] = str(len(keys))
             ordered.append(tensor)
     data = dump_pickle(value, lambda tensor: keys[tensor.identity])
-    with new_file(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+    with files.replacing(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
         _add(archive, "data.pkl", len(data), lambda: iter([data]))
         _add(archive, "byteorder", 6, lambda: iter([b"little"]))
         for tensor in ordered:

@@ -43,8 +43,8 @@ def export_gemma_pytorch(model: PreTrainedModel, target: str | Path, dtype: str 
         "gemma_config": gemma_config(model.config) | {"dtype": _STORED[dtype]},
         "ekiden": ekiden.__version__,
     }
-    with new_file(path) as temporary:
-        torch.save(contents, temporary)
+    with new_file(path) as temporary, temporary.open("wb") as file:
+        torch.save(contents, file)  # given a name, it would repeat it inside the file
     return path
 
 

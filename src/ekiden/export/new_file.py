@@ -37,21 +37,11 @@ def new_file(target: Path) -> Iterator[Path]:
     Raises:
         UserError: the disk is full or fails; what was at `target` stays.
     """
-    temporary = target.with_name(f".{target.stem}.{os.getpid()}.tmp{target.suffix}")
     try:
         files.make_folders(target.absolute().parent)
-        yield temporary
-        descriptor = os.open(temporary, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        files.rename(temporary, target)
-        files.sync_folder(target.absolute().parent)
+        with files.replacing(target) as temporary:
+            yield temporary
     except OSError as error:
         raise UserError(
             f"--output {target} cannot be written ({files.reason(error)}); give another place"
         ) from None
-    finally:
-        with contextlib.suppress(OSError):
-            files.remove_file(temporary)
