@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import hashlib
 import os
 import shutil
 import stat
@@ -254,6 +255,19 @@ def read_start(path: Path, limit: int) -> bytes:
         OSError: as `read_chunks`.
     """
     return b"".join(read_chunks(path, limit))
+
+
+def hash_file(path: Path, limit: int | None = None) -> tuple[int, str]:
+    """Return size and SHA-256 of a regular file, or of its first `limit` bytes.
+
+    Raises:
+        OSError: as `read_chunks`.
+    """
+    digest, size = hashlib.sha256(), 0
+    for chunk in read_chunks(path, limit):
+        digest.update(chunk)
+        size += len(chunk)
+    return size, digest.hexdigest()
 
 
 def free_bytes(path: Path) -> int:

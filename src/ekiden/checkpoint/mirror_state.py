@@ -152,13 +152,10 @@ def describe(checkpoint: Checkpoint, extras: Mapping[str, Path]) -> tuple[Mirror
     for name, record in checkpoint.manifest.files.items():
         source = Source(record.bytes, record.sha256, checkpoint.path / name)
         # What was verified when it was saved may have been damaged or cut since.
-        digest, size = hashlib.sha256(), 0
-        for chunk in files.read_chunks(checkpoint.path / name, record.bytes + 1):
-            digest.update(chunk)
-            size += len(chunk)
-        if (size, digest.hexdigest()) != (record.bytes, record.sha256):
+        size, sha256 = files.hash_file(checkpoint.path / name, record.bytes + 1)
+        if (size, sha256) != (record.bytes, record.sha256):
             raise Damaged(
-                f"{checkpoint.path / name} has {size} bytes and hash {digest.hexdigest()}, "
+                f"{checkpoint.path / name} has {size} bytes and hash {sha256}, "
                 f"expected {record.bytes} and {record.sha256}"
             )
         own[name] = source

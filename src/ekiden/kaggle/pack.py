@@ -85,7 +85,7 @@ def plan_pack(root: Path, name: str, max_part_bytes: int, chunk_bytes: int = CHU
         raise UsageError("--max-part-size must be above 0")
     listed = members(root)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        hashes = list(pool.map(lambda member: hash_file(member[1]), listed))
+        hashes = list(pool.map(lambda member: files.hash_file(member[1]), listed))
     records: list[dict[str, Any]] = [
         {"path": path, "bytes": size, "sha256": digest} for (path, _), (size, digest) in zip(listed, hashes)
     ]
@@ -114,15 +114,6 @@ def plan_pack(root: Path, name: str, max_part_bytes: int, chunk_bytes: int = CHU
         "parts": max(chunk["part"] for chunk in chunks),
     }
     return Pack(root, manifest)
-
-
-def hash_file(path: Path) -> tuple[int, str]:
-    """Return size and SHA-256 of a file."""
-    digest, size = hashlib.sha256(), 0
-    for data in files.read_chunks(path):
-        digest.update(data)
-        size += len(data)
-    return size, digest.hexdigest()
 
 
 def write_part(pack: Pack, part: int, folder: Path) -> None:
