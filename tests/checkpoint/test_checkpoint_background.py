@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from checkpoint_faults import full_while, good_steps, injected, save
 
-from ekiden.checkpoint.background import BackgroundSaver
+from ekiden.checkpoint.background import BackgroundWorker
 from ekiden.checkpoint.store import CheckpointError, CheckpointStore
 
 
@@ -21,7 +21,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_a_save_in_the_background_is_the_same_save(folder: Path) -> None:
-    store, saver = CheckpointStore(folder), BackgroundSaver()
+    store, saver = CheckpointStore(folder), BackgroundWorker("save")
     saver.submit(lambda: save(store, 1))
     saver.submit(lambda: save(store, 2))
     saver.wait()
@@ -30,7 +30,7 @@ def test_a_save_in_the_background_is_the_same_save(folder: Path) -> None:
 
 
 def test_at_most_one_save_is_in_flight() -> None:
-    saver, release, running, most = BackgroundSaver(), threading.Event(), [], []
+    saver, release, running, most = BackgroundWorker("save"), threading.Event(), [], []
 
     def work() -> None:
         running.append(1)
@@ -50,7 +50,7 @@ def test_at_most_one_save_is_in_flight() -> None:
 
 
 def test_a_failed_save_is_reported_once_and_the_next_one_runs(folder: Path) -> None:
-    store, saver = CheckpointStore(folder), BackgroundSaver()
+    store, saver = CheckpointStore(folder), BackgroundWorker("save")
     with injected(full_while(folder)):
         saver.submit(lambda: save(store, 1))
         saver.wait()
@@ -65,8 +65,8 @@ def test_a_failed_save_is_reported_once_and_the_next_one_runs(folder: Path) -> N
 def test_a_process_does_not_wait_for_a_save_unless_it_asks() -> None:
     program = (
         "import sys, threading\n"
-        "from ekiden.checkpoint.background import BackgroundSaver\n"
-        "saver = BackgroundSaver()\n"
+        "from ekiden.checkpoint.background import BackgroundWorker\n"
+        "saver = BackgroundWorker('save')\n"
         "saver.submit(lambda: threading.Event().wait())\n"
         "assert saver.busy\n"
     )

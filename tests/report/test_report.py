@@ -169,8 +169,7 @@ def test_a_report_that_hangs_is_left_behind(
 def test_reports_beside_training_are_rare(tmp_path: Path) -> None:
     writer = ReportWriter(write_run(tmp_path / "run", 50))
     assert writer.request()
-    assert writer._thread is not None
-    writer._thread.join()
+    assert writer._worker.wait(60)
     assert not writer.request()  # the first took more than a hundredth of the time since
     writer._written -= 1000 * writer._seconds
     assert writer.request()

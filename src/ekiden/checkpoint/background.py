@@ -1,8 +1,8 @@
-"""Saving beside training: one thread, at most one save in flight, no failure lost.
+"""Work beside training: one thread, at most one piece of work in flight, no failure lost.
 
 The loop hands over the work of writing a snapshot that it has already copied, and asks at the next step what
-became of it. The thread does not keep the process alive: a save that must be durable before the end is waited
-for.
+became of it; the report is written this way too. The thread does not keep the process alive: a save that must be
+durable before the end is waited for.
 """
 
 from __future__ import annotations
@@ -13,50 +13,52 @@ from collections.abc import Callable
 from queue import SimpleQueue
 
 
-class BackgroundSaver:
-    """Runs one save at a time in a thread of its own; to be used from one thread.
+class BackgroundWorker:
+    """Does one piece of work at a time in a thread of its own; to be used from one thread.
 
-    The thread is started here and not at each save: where memory is short, Python's `Thread.start` waits for ever for
+    The thread is started here and not at each piece: where memory is short, Python's `Thread.start` waits for ever for
     a thread that could not begin (found by the memory sweep of the fault campaign).
+
+    Args:
+        name: of the thread, as debuggers show it.
     """
 
-    def __init__(self) -> None:
-        self._saves: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
+    def __init__(self, name: str) -> None:
+        self._queue: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
         self._idle = threading.Event()
         self._idle.set()
         self._failures: deque[BaseException] = deque()
-        threading.Thread(target=self._run, name="checkpoint-save", daemon=True).start()
+        threading.Thread(target=self._run, name=name, daemon=True).start()
 
     def _run(self) -> None:
-        while (save := self._saves.get()) is not None:
+        while (work := self._queue.get()) is not None:
             try:
-                save()
+                work()
             except BaseException as error:  # whatever it was, the loop has to hear of it
                 self._failures.append(error)
             finally:
-                del save  # and with it the copy of the state
+                del work  # and with it the copy of the state
                 self._idle.set()
 
-    def submit(self, save: Callable[[], object]) -> None:
-        """Start `save`, after waiting for the one before it; a failure of that one is kept for `failures`."""
+    def submit(self, work: Callable[[], object]) -> None:
+        """Begin `work`, after waiting for what is in flight; a failure of that is kept for `failures`."""
         self.wait()
         self._idle.clear()
-        self._saves.put(save)
+        self._queue.put(work)
 
-    def wait(self) -> None:
-        """Return when no save is in flight."""
-        self._idle.wait()
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait, at most `timeout` seconds, until nothing is in flight; return whether nothing is."""
+        return self._idle.wait(timeout)
 
     def close(self) -> None:
-        """Return when no save is in flight, and end the thread; nothing may be submitted after."""
-        self.wait()
-        self._saves.put(None)
+        """End the thread after what is in flight, which is not waited for; nothing may be submitted after."""
+        self._queue.put(None)
 
     @property
     def busy(self) -> bool:
-        """Whether a save is in flight."""
+        """Whether work is in flight."""
         return not self._idle.is_set()
 
     def failures(self) -> list[BaseException]:
-        """Return the errors of saves that failed since the last call, oldest first."""
+        """Return the errors of work that failed since the last call, oldest first."""
         return [self._failures.popleft() for _ in range(len(self._failures))]

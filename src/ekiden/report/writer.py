@@ -6,10 +6,11 @@ since then. At the end of a session it is written whatever it takes, within a li
 
 from __future__ import annotations
 
-import threading
 import time
+from functools import partial
 from pathlib import Path
 
+from ekiden.checkpoint.background import BackgroundWorker
 from ekiden.progress import say
 from ekiden.report.page import compressed_plotly, write_page
 from ekiden.report.picture import write_picture
@@ -27,41 +28,30 @@ class ReportWriter:
     def __init__(self, run: Path) -> None:
         self.run = run
         self._reader: RunReader | None = None
-        self._thread: threading.Thread | None = None
+        self._worker = BackgroundWorker("report")
         self._seconds, self._written = 0.0, -float("inf")
         self._failed = False
 
     def request(self) -> bool:
         """Write a report in the background, unless the last one was too recent; return whether it began."""
-        busy = self._thread is not None and self._thread.is_alive()
-        if busy or self._failed or self._seconds > SHARE * (time.monotonic() - self._written):
+        too_soon = self._seconds > SHARE * (time.monotonic() - self._written)
+        if self._worker.busy or self._failed or too_soon:
             return False
-        self._begin(last=False)
+        self._worker.submit(partial(self._write, last=False))
         return True
 
     def finish(self, seconds: float = FINISH_SECONDS) -> None:
-        """Write the session's last report; give up after `seconds`."""
+        """Write the session's last report, giving up after `seconds`; nothing may be asked for after."""
         deadline = time.monotonic() + seconds
-        if self._thread is not None:
-            self._thread.join(seconds)
-            if self._thread.is_alive():
-                say(
-                    f"report.html was not ready after {seconds:.0f} seconds; `ekiden report {self.run}` writes it"
-                )
-                return
-        if self._failed:
-            return
-        self._begin(last=True)
-        assert self._thread is not None
-        self._thread.join(max(0.0, deadline - time.monotonic()))
-        if self._thread.is_alive():
+        done = self._worker.wait(seconds)
+        if done and not self._failed:
+            self._worker.submit(partial(self._write, last=True))
+            done = self._worker.wait(max(0.0, deadline - time.monotonic()))
+        self._worker.close()
+        if not done:
             say(
                 f"report.html was not ready after {seconds:.0f} seconds; `ekiden report {self.run}` writes it"
             )
-
-    def _begin(self, last: bool) -> None:
-        self._thread = threading.Thread(target=self._write, args=(last,), name="report", daemon=True)
-        self._thread.start()
 
     def _write(self, last: bool) -> None:
         began = time.monotonic()

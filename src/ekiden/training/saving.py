@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ekiden.checkpoint import files
-from ekiden.checkpoint.background import BackgroundSaver
+from ekiden.checkpoint.background import BackgroundWorker
 from ekiden.checkpoint.convert import write_json_model
 from ekiden.checkpoint.manifest import NAME as MANIFEST
 from ekiden.checkpoint.mirror import MirrorError
@@ -48,7 +48,7 @@ class Saving:
         if self._newest and self.store and self._newest.path.resolve().parent != self.store.folder.resolve():
             self._newest = None
         self.saved_step = self._newest.step if self._newest else -1
-        self._saver = BackgroundSaver()
+        self._saver = BackgroundWorker("checkpoint-save")
         self._uploader: MirrorUploader | None = None
         if start.mirror is not None and start.store is not None:
             extras = {name: history.path.with_name(name) for name in EXTRAS}
@@ -179,6 +179,7 @@ class Saving:
 
         Nothing may be saved after.
         """
+        self._saver.wait()
         self._saver.close()
         if self._uploader is None:
             return
