@@ -76,6 +76,10 @@ class Aim:
     def __init__(self, kind: str, count: int) -> None:
         self.matches, self.left = AIMS[kind], count
 
+    def take(self) -> None:
+        """Have this process aimed at."""
+        files.fault_hook = self.hook
+
     def hook(self, operation: str, path: Path) -> None:
         """Count one operation; be gone before the last."""
         if self.matches(operation, path):
@@ -141,8 +145,13 @@ def settings(preset: str, shards: Path, run: Path, steps: int, **more: Any) -> T
     return build_config(preset, **{**small, **options, **more})
 
 
-def trial(config: TrainConfig, log: Path, kill_after: float | None = None, aim: Aim | None = None) -> Trial:
-    """Run `config` in a forked process, to be ended by SIGKILL after so many seconds or where `aim` says."""
+def trial(
+    config: TrainConfig,
+    log: Path,
+    kill_after: float | None = None,
+    setup: Callable[[], object] | None = None,
+) -> Trial:
+    """Run `config` in a forked process, to be ended by SIGKILL after so many seconds, or by what `setup` did to it."""
     child = os.fork()
     if child == 0:
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -150,8 +159,8 @@ def trial(config: TrainConfig, log: Path, kill_after: float | None = None, aim: 
         os.dup2(descriptor, 2)
         status = 1
         try:
-            if aim is not None:
-                files.fault_hook = aim.hook
+            if setup is not None:
+                setup()
             train(config)
             status = 0
         except BaseException as error:
@@ -239,7 +248,7 @@ def campaign(
             if sum(row["tries"] for row in rows.values()) >= kills:
                 done = trial(config, log)
             elif (kind := next(turns)) in AIMS:
-                done = trial(config, log, aim=Aim(kind, generator.randint(1, SPREAD[kind])))
+                done = trial(config, log, setup=Aim(kind, generator.randint(1, SPREAD[kind])).take)
             else:
                 done = trial(config, log, kill_after=generator.uniform(0, duration))
             began_at = resumed_from(run).get(done.pid, before)

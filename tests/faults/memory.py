@@ -11,21 +11,19 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import resource
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from campaign import Trial, make_shards, outcome, settings, trial, whole
+from campaign import make_shards, outcome, settings, trial, whole
 
-from ekiden.config import TrainConfig
 from ekiden.training import step as step_module
 from ekiden.training.history import read_history
-from ekiden.training.loop import train
 
 SHAPE = {"max_length": 128, "batch_size": 64, "sliding_window": 64, "save_steps": 2, "loss_chunk_size": 4096}
 """Activations of 64 samples are some 200 MB, those of one sample a few."""
@@ -49,15 +47,8 @@ def limit(megabytes: int) -> list[torch.Tensor]:
     return ballast
 
 
-def limited_trial(config: TrainConfig, log: Path, megabytes: int, amid_training: bool) -> Trial:
-    """Train in a forked process whose memory is limited from the trial step, or from the second step, on."""
-    child = os.fork()
-    if child:
-        _, status = os.waitpid(child, 0)
-        return Trial(child, os.waitstatus_to_exitcode(status))
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
+def limiter(megabytes: int, amid_training: bool) -> Callable[[], None]:
+    """Return what limits a process's memory from the trial step, or from the second step, on."""
     begun = 0
     kept: list[list[torch.Tensor]] = []
 
@@ -68,24 +59,18 @@ def limited_trial(config: TrainConfig, log: Path, megabytes: int, amid_training:
             begun += 1000
             kept.append(limit(megabytes))
 
-    step_module.fault_hook = hook
-    status = 1
-    try:
-        train(config)
-        status = 0
-    except BaseException as error:
-        os.write(2, f"\n{type(error).__name__}: {error}\n".encode())
-    finally:
-        os._exit(status)
+    def setup() -> None:
+        step_module.fault_hook = hook
+
+    return setup
 
 
 def sweep(shards: Path, folder: Path, megabytes: list[int], amid_training: bool) -> dict[str, Any]:
     """Return the table's row for these limits, with what became of each."""
-    log = folder / "log"
     reference = folder / "reference"
     if not reference.exists():
         config = settings("gemma3-tiny", shards, reference, STEPS, **SHAPE)
-        assert trial(config, log).status == 0, log.read_text()
+        assert trial(config, folder / "log").status == 0, (folder / "log").read_text()
     expected = outcome(reference).losses
     when = "in training" if amid_training else "before the first step"
     row: dict[str, Any] = {
@@ -98,7 +83,9 @@ def sweep(shards: Path, folder: Path, megabytes: list[int], amid_training: bool)
     row["found"] = {}
     for size in megabytes:
         run = folder / f"{size}-{amid_training}"
-        done = limited_trial(settings("gemma3-tiny", shards, run, STEPS, **SHAPE), log, size, amid_training)
+        log = folder / f"{run.name}.log"
+        config = settings("gemma3-tiny", shards, run, STEPS, **SHAPE)
+        done = trial(config, log, setup=limiter(size, amid_training))
         row["tries"] += 1
         events = [r for r in read_history(run / "history.jsonl") if r.get("event") == "oom"]
         smallest = events[-1]["microbatch"][1] if events else SHAPE["batch_size"]

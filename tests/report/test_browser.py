@@ -67,7 +67,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "gemma3-tiny", shards, folder / "run", STEPS, save_steps=2, eval_steps=4, sample_steps=8
     )
     for _ in range(2):
-        assert campaign.trial(config, folder / "log", aim=campaign.Aim("at a rename", 14)).status is None
+        assert (
+            campaign.trial(config, folder / "log", setup=campaign.Aim("at a rename", 14).take).status is None
+        )
     assert campaign.trial(config, folder / "log").status == 0
     return folder / "run"
 

@@ -179,7 +179,7 @@ def three_sessions(config: TrainConfig, log: Path) -> dict[str, list[int]]:
     """Train in three processes, the first two killed at a rename; return the steps of the history by kind."""
     run = Path(config.output_dir)
     for number in (1, 2):
-        ended = campaign.trial(config, log, aim=AfterTheNotes("at a rename", 14, run))
+        ended = campaign.trial(config, log, setup=AfterTheNotes("at a rename", 14, run).take)
         assert ended.status is None, f"session {number} was not killed: {log.read_text()[-2000:]}"
     assert campaign.trial(config, log).status == 0, log.read_text()[-2000:]
     steps: dict[str, list[int]] = {"train": [], "eval": []}
