@@ -14,6 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from ekiden.checkpoint import files
 from ekiden.errors import UserError
 from ekiden.report.reading import RunReader
 
@@ -55,9 +56,7 @@ def write_report(run: str | Path, output: str | Path | None = None, picture: boo
 
 def write_page(data: dict[str, Any], path: Path) -> None:
     """Write the page of a run's figures; a reader sees the one before or the whole new one."""
-    new = path.with_name(path.name + ".new")
-    new.write_text(render(data), encoding="utf-8")
-    new.replace(path)
+    files.write_atomic(path, render(data).encode())
 
 
 def render(data: dict[str, Any]) -> str:

@@ -7,9 +7,11 @@ a thread may do it.
 from __future__ import annotations
 
 import importlib.util
+import io
 from pathlib import Path
 from typing import Any
 
+from ekiden.checkpoint import files
 from ekiden.errors import UserError
 
 COLOURS = ("#1f6fb4", "#d1651a", "#2b8a5a", "#a53fa0", "#8a6d1f", "#c0394b", "#4a5fc1", "#6b7280")
@@ -18,9 +20,9 @@ COLOURS = ("#1f6fb4", "#d1651a", "#2b8a5a", "#a53fa0", "#8a6d1f", "#c0394b", "#4
 
 def write_picture(data: dict[str, Any], path: Path) -> None:
     """Write the picture of `data` to `path`; a reader sees the one before or the whole new one."""
-    new = path.with_name(path.name + ".new")
-    loss_figure(data).savefig(new, dpi=110, format="png")
-    new.replace(path)
+    image = io.BytesIO()
+    loss_figure(data).savefig(image, dpi=110, format="png")
+    files.write_atomic(path, image.getvalue())
 
 
 def loss_figure(data: dict[str, Any]) -> Any:
