@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ekiden.errors import UserError
+from ekiden.optional import require
 from ekiden.report.picture import loss_figure
 from ekiden.report.reading import RunReader
 
@@ -53,18 +54,15 @@ def follow(
 
 def _cell() -> Callable[[dict[str, Any]], None]:
     """Return a function that shows figures in the cell being run, in place of what it showed before."""
-    try:
-        from IPython.display import HTML, display
-    except ImportError:
-        raise UserError("ekiden.notebook needs Jupyter: pip install jupyter") from None
-    handle = display(HTML(""), display_id=True)  # type: ignore[no-untyped-call]
+    shown = require("IPython.display", "ekiden.notebook")
+    handle = shown.display(shown.HTML(""), display_id=True)
     if handle is None:
         raise UserError(
             "ekiden.notebook shows a run in a notebook's cell; in a terminal use ekiden dashboard"
         )
 
     def show(data: dict[str, Any]) -> None:
-        handle.update(HTML(as_html(data)))  # type: ignore[no-untyped-call]
+        handle.update(shown.HTML(as_html(data)))
 
     return show
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.util
 import math
 import os
 import re
@@ -20,6 +19,7 @@ from typing import Any, Protocol
 
 from ekiden.checkpoint import files
 from ekiden.errors import UsageError, UserError
+from ekiden.optional import check_installed
 
 READ_BYTES = 16 << 20
 PART_BYTES = 32 << 20
@@ -361,10 +361,7 @@ def _open_fsspec(url: str, protocol: str, rest: str) -> Backend:
             "file:///FOLDER or another URL of fsspec"
         )
     package = known["class"].partition(".")[0]
-    if importlib.util.find_spec(package) is None:
-        raise UserError(
-            f"--mirror {url} needs a package that is not installed; run `pip install '{package}'`"
-        )
+    check_installed(package, f"--mirror {url}", extra="s3" if package == "s3fs" else None)
     try:
         if protocol in ("s3", "s3a"):
             _require_s3_credentials(url)

@@ -28,7 +28,8 @@ import xxhash
 
 from ekiden.corpus.documents import Rejected
 from ekiden.corpus.script import ScriptTally
-from ekiden.errors import UsageError, UserError
+from ekiden.errors import UsageError
+from ekiden.optional import require
 
 SHINGLE, PERMUTATIONS, BANDS, THRESHOLD = 16, 128, 16, 0.8
 _SEED = 20
@@ -119,11 +120,7 @@ class Cleaner:
 
 
 def _rensa() -> Any:
-    try:
-        import rensa
-    except ModuleNotFoundError:
-        raise UserError("--dedupe near needs the package rensa; run `pip install 'ekiden[dedupe]'`") from None
-    return rensa
+    return require("rensa", "--dedupe near", extra="dedupe")
 
 
 def sketch_type(near: bool) -> np.dtype[Any]:

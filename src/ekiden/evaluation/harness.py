@@ -13,6 +13,7 @@ from typing import Any
 from ekiden.errors import UsageError, UserError, nearest
 from ekiden.export.huggingface import context_length
 from ekiden.export.load import LoadedModel
+from ekiden.optional import require
 
 _SUFFIXES = (".yaml", ".yml")
 
@@ -86,10 +87,7 @@ class Harness:
 
 
 def _package() -> None:
-    try:
-        import lm_eval  # noqa: F401
-    except ImportError:
-        raise UserError("--harness needs lm-evaluation-harness: pip install 'ekiden[harness]'") from None
+    require("lm_eval", "--harness", extra="harness")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
 

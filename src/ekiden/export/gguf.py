@@ -23,6 +23,7 @@ from ekiden.export.llama_tokens import Vocabulary, vocabulary
 from ekiden.export.new_file import check_target, new_file
 from ekiden.export.token_check import TokenComparison, check_tokens
 from ekiden.modeling.build import head_weight
+from ekiden.optional import require
 from ekiden.tokenizer.load import SentencePieceTokenizer, Tokenizer
 
 DTYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
@@ -83,10 +84,7 @@ def export_gguf(
 
 
 def _package() -> Any:
-    try:
-        import gguf
-    except ImportError:
-        raise UserError("--format gguf needs the gguf package: pip install 'ekiden[gguf]'") from None
+    gguf = require("gguf", "--format gguf", extra="gguf")
     logging.getLogger("gguf").setLevel(logging.WARNING)
     return gguf
 

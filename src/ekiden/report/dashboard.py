@@ -7,7 +7,6 @@ only where its history has grown. It loads nothing from elsewhere, and a Content
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import json
 import socket
 import threading
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ekiden.errors import UserError
+from ekiden.optional import check_installed
 from ekiden.progress import say
 from ekiden.report.page import asset, plotly_script
 from ekiden.report.playground import Playground
@@ -93,8 +93,7 @@ def build_app(paths: list[str], hosts: list[str], device: str = "cpu") -> Any:
         UserError: there is no such run, or the extra is missing.
     """
     for package in ("starlette", "uvicorn"):
-        if importlib.util.find_spec(package) is None:
-            raise UserError(f"the dashboard needs {package}: pip install 'ekiden[dashboard]'")
+        check_installed(package, "ekiden dashboard", extra="dashboard")
     from starlette.applications import Starlette
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware

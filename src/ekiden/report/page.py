@@ -16,6 +16,7 @@ from typing import Any
 
 from ekiden.checkpoint import files
 from ekiden.errors import UserError
+from ekiden.optional import check_installed
 from ekiden.report.reading import RunReader
 
 CONTENT_SECURITY_POLICY = (
@@ -95,12 +96,15 @@ def plotly_script() -> Path:
     Raises:
         UserError: there is none.
     """
+    check_installed("plotly", "a report", extra="report")
     spec = importlib.util.find_spec("plotly")
     for folder in (spec.submodule_search_locations or []) if spec else []:
         script = Path(folder) / "package_data" / "plotly.min.js"
         if script.is_file():
             return script
-    raise UserError("a report needs plotly: pip install 'ekiden[report]'")
+    raise UserError(
+        "plotly is installed without its plotly.min.js; run `pip install --force-reinstall plotly`"
+    )
 
 
 @functools.cache

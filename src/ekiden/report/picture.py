@@ -6,13 +6,12 @@ a thread may do it.
 
 from __future__ import annotations
 
-import importlib.util
 import io
 from pathlib import Path
 from typing import Any
 
 from ekiden.checkpoint import files
-from ekiden.errors import UserError
+from ekiden.optional import require
 
 COLOURS = ("#1f6fb4", "#d1651a", "#2b8a5a", "#a53fa0", "#8a6d1f", "#c0394b", "#4a5fc1", "#6b7280")
 """Of the curves, in the page as here: the training loss first, then a language each."""
@@ -31,11 +30,9 @@ def loss_figure(data: dict[str, Any]) -> Any:
     Raises:
         UserError: matplotlib is missing.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UserError("a picture needs matplotlib: pip install 'ekiden[report]'")
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.2), layout="constrained")
+    figure = require("matplotlib.figure", "loss.png", extra="report").Figure(
+        figsize=(8, 4.2), layout="constrained"
+    )
     axes = figure.add_subplot()
     for number, session in enumerate(data["sessions"]):
         if number % 2:

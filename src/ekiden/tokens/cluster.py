@@ -19,6 +19,7 @@ from typing import Any
 from ekiden import __version__
 from ekiden.checkpoint import files
 from ekiden.errors import UserError
+from ekiden.optional import require
 
 CONNECT_SECONDS = 30
 _at_work = threading.Lock()
@@ -56,10 +57,7 @@ def dask_executor(address: str, folder: Path, corpus: list[str]) -> Iterator[Exe
         UserError: Dask is missing, nobody answers, there is no worker, one sees other files or has another version, or
             a unit's workers died one after another.
     """
-    try:
-        import distributed
-    except ModuleNotFoundError:
-        raise UserError("--scheduler needs Dask; run `pip install 'ekiden[dask]'`") from None
+    distributed = require("distributed", "--scheduler", extra="dask")
     try:
         client = distributed.Client(address, timeout=CONNECT_SECONDS, set_as_default=False)
     except (OSError, TimeoutError, ValueError) as error:

@@ -26,6 +26,7 @@ from ekiden.corpus.ledger import Ledger
 from ekiden.corpus.script import ScriptTally
 from ekiden.corpus.sources import discover
 from ekiden.errors import UsageError, UserError
+from ekiden.optional import require
 from ekiden.progress import Progress, human_count, say
 from ekiden.tokenizer.load import Tokenizer, load_tokenizer
 from ekiden.tokens.format import TokenDataset
@@ -124,10 +125,7 @@ class Inspection:
         """
         if not path.endswith(".html"):
             raise UsageError(f"--plot must name a file ending in .html, not {path}")
-        try:
-            from plotly import graph_objects
-        except ModuleNotFoundError:
-            raise UserError("--plot needs the package plotly; run `pip install 'ekiden[report]'`") from None
+        graph_objects = require("plotly.graph_objects", "--plot", extra="report")
         figure = graph_objects.Figure(
             [
                 graph_objects.Bar(

@@ -14,7 +14,7 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, unset_fake_temporarily
 from torch.optim.adamw import adamw
 
-from ekiden.errors import UserError
+from ekiden.optional import require
 
 _TOP = 2.0**10
 """The largest number of a tensor of moments lies at this in fp16: 64 below its limit, 2**34 above its smallest."""
@@ -108,10 +108,7 @@ def eight_bit_adamw(
     Raises:
         UserError: the package is not installed.
     """
-    try:
-        import bitsandbytes
-    except ImportError:
-        raise UserError("--optimizer-moments 8bit needs the package: pip install 'ekiden[bnb]'") from None
+    bitsandbytes = require("bitsandbytes", "--optimizer-moments 8bit", extra="bnb")
 
     class EightBitAdamW(bitsandbytes.optim.AdamW8bit):  # type: ignore[misc,name-defined]
         """bitsandbytes' AdamW with torch's protocol of bad steps."""

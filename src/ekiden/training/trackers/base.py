@@ -7,14 +7,13 @@ tracker's own thread.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
 from ekiden.config import TrainConfig
-from ekiden.errors import UserError
+from ekiden.optional import check_installed
 from ekiden.training.trackers.wandb_offline import logged_steps
 
 SETTLE_SECONDS = 1.2
@@ -140,8 +139,7 @@ def require_packages(names: list[str]) -> None:
         UserError: one is.
     """
     for name in names:
-        if importlib.util.find_spec(name) is None:
-            raise UserError(f"the tracker {name} needs its package: pip install 'ekiden[{name}]'")
+        check_installed(name, f"--trackers {name}", extra=name)
 
 
 def figures(record: dict[str, Any]) -> dict[str, float]:
