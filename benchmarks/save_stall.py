@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from ekiden.checkpoint import files
-from ekiden.checkpoint.background import BackgroundSaver
+from ekiden.checkpoint.background import BackgroundWorker
 from ekiden.checkpoint.store import CheckpointStore, CheckpointWriter
 from ekiden.config import TrainConfig, build_config
 from ekiden.modeling.build import build_model
@@ -74,7 +74,7 @@ def measure(
     slow_disk(speed)
     plain, beside, stalls, waits, written = [], [], [], [], []
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        store, saver = CheckpointStore(Path(folder) / "checkpoints", keep=2), BackgroundSaver()
+        store, saver = CheckpointStore(Path(folder) / "checkpoints", keep=2), BackgroundWorker("checkpoint-save")
 
         def save(snapshot: Snapshot) -> None:
             began = time.perf_counter()
