@@ -74,7 +74,7 @@ def measure(
     slow_disk(speed)
     plain, beside, stalls, waits, written = [], [], [], [], []
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        store, saver = CheckpointStore(Path(folder) / "checkpoints", keep=2), BackgroundWorker("checkpoint-save")
+        store, saver = CheckpointStore(Path(folder) / "checkpoints", keep=2), BackgroundWorker("save")
 
         def save(snapshot: Snapshot) -> None:
             began = time.perf_counter()
