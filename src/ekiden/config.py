@@ -5,7 +5,8 @@ A run's settings are built in this order, later ones winning: the defaults below
 them, `training.rundir` keeps them as `RUN/config.yaml`, and a checkpoint carries them, so that a resumed run can
 refuse, by name, a change that would make it another run.
 
-Each field's docstring is its help text and says its unit. `RESUME_FREE` names the fields that may change on resume.
+Each field's docstring is its help text and says its unit; `config_checks` refuses values that no run could use.
+`RESUME_FREE` names the fields that may change on resume.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from typing import Any, Literal
 
 import yaml
 
+from ekiden.config_checks import validate
 from ekiden.errors import UsageError, nearest
-from ekiden.values import parse_bytes, parse_duration, to_bool, to_int, to_weights
+from ekiden.values import to_bool, to_int, to_weights
 
 
 @dataclass
@@ -366,81 +368,6 @@ def build_config(recipe: str | None = None, **settings: Any) -> TrainConfig:
     merged = {**chosen, **explicit}
     preset = load_preset(merged.get("preset", TrainConfig.preset))
     return validate(TrainConfig(**{**preset, **merged}))
-
-
-def validate(config: TrainConfig) -> TrainConfig:
-    """Return `config` after checking what can be checked without data or device.
-
-    Raises:
-        UsageError: a value that no run could use, naming the setting.
-    """
-    positive = (
-        "hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim intermediate_size max_length "
-        "batch_size gradient_accumulation_steps loss_chunk_size log_steps sliding_window max_bad_steps learning_rate "
-        "matrix_learning_rate"
-    )
-    for name in positive.split():
-        if getattr(config, name) <= 0:
-            raise UsageError(f"--{name.replace('_', '-')} must be above 0, not {getattr(config, name)}")
-    for name in "max_steps epochs eval_steps eval_tokens sample_steps save_steps warmup_steps weight_decay decay_steps".split():
-        if getattr(config, name) < 0:
-            raise UsageError(f"--{name.replace('_', '-')} must not be negative, not {getattr(config, name)}")
-    if config.max_checkpoints < 2:
-        raise UsageError("--max-checkpoints must be at least 2: the newest may be the one being written")
-    if config.model_type == "gpt2" and config.hidden_size % config.num_attention_heads:
-        raise UsageError(
-            f"--hidden-size {config.hidden_size} must be a multiple of --num-attention-heads {config.num_attention_heads}"
-        )
-    if config.num_attention_heads % config.num_key_value_heads:
-        raise UsageError("--num-attention-heads must be a multiple of --num-key-value-heads")
-    for name in ("decay_ratio", "final_share", "min_learning_rate_ratio", "muon_momentum", "beta1", "beta2"):
-        if not 0 <= getattr(config, name) <= 1:
-            raise UsageError(
-                f"--{name.replace('_', '-')} must be a share from 0 to 1, not {getattr(config, name)}"
-            )
-    if config.cpu_offload and config.optimizer == "muon":
-        raise UsageError("--cpu-offload works with --optimizer adamw; muon's products are a GPU's work")
-    if config.optimizer_moments in ("bf16", "fp16") and config.beta2 > 0.98:
-        raise UsageError(
-            f"--optimizer-moments {config.optimizer_moments} rounds away a second moment that moves as slowly as with "
-            f"--beta2 {config.beta2}; give --beta2 0.98 or less, or --optimizer-moments fp32 or 8bit"
-        )
-    if config.max_steps == 0 and config.epochs == 0:
-        raise UsageError("one of --max-steps and --epochs must be above 0")
-    if config.decay_from and (config.init_from or config.resume_from != "auto"):
-        raise UsageError(
-            "--decay-from already says where the run goes on; leave --init-from and --resume-from out"
-        )
-    if config.init_from and config.resume_from != "auto":
-        raise UsageError(
-            "--init-from begins at step 0 and --resume-from goes on where the other ended; give one of them"
-        )
-    if config.devices < 1 or config.max_restarts < 0:
-        raise UsageError("--devices must be at least 1, and --max-restarts at least 0")
-    parse_duration(config.max_time, "--max-time")
-    if not parse_duration(config.rank_timeout, "--rank-timeout"):
-        raise UsageError("--rank-timeout must be a time, such as 1m")
-    parse_bytes(config.checkpoint_budget, "--checkpoint-budget")
-    parse_trackers(config.trackers)
-    return config
-
-
-TRACKER_NAMES = ("tensorboard", "trackio", "wandb")
-
-
-def parse_trackers(items: list[str]) -> list[str]:
-    """Return the trackers in `items`, names or several separated by commas.
-
-    Raises:
-        UsageError: there is no such tracker.
-    """
-    asked = [name.strip() for item in items for name in item.split(",") if name.strip()]
-    for name in asked:
-        if name not in TRACKER_NAMES:
-            raise UsageError(
-                f"--trackers {name} is not one of {', '.join(TRACKER_NAMES)}{nearest(name, TRACKER_NAMES)}"
-            )
-    return asked
 
 
 def to_yaml(config: TrainConfig) -> str:

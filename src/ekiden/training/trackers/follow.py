@@ -15,7 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ekiden.config import TrainConfig, parse_trackers
+from ekiden.config import TrainConfig
+from ekiden.config_checks import parse_trackers
 from ekiden.progress import say
 from ekiden.training.history import HistoryTail
 from ekiden.training.trackers.base import TRACKERS, Tracker, require_packages
