@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "faults"))
-import campaign
+from common import small_shards
 
 from ekiden.errors import UserError
 from ekiden.training.exact import check_tree
@@ -24,7 +24,7 @@ SCENARIOS = Path(__file__).with_name("scenarios.py")
 def left(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Return what every scenario left; they run in a process of their own, which forks the ranks."""
     folder = tmp_path_factory.mktemp("ranks")
-    shards = campaign.make_shards(folder)
+    shards = small_shards(folder)
     done = subprocess.run(
         [sys.executable, str(SCENARIOS), str(shards), str(folder)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -40,15 +40,20 @@ def events(scenario: dict[str, Any], kind: str) -> list[dict[str, Any]]:
     return [event for event in scenario["events"] if event["event"] == kind]
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_ranks_take_the_same_samples_to_the_same_losses(left: dict[str, Any], parallel: str) -> None:
-    one, two = left["one"], left[parallel]
-    assert two["statuses"] == [0, 0], two["log"]
-    assert two["samples"] == one["samples"] and len(one["samples"]) == 6
-    assert [loss for _step, loss in two["losses"]] == pytest.approx([x for _s, x in one["losses"]], rel=1e-5)
-    assert two["evaluations"] == pytest.approx(one["evaluations"], rel=1e-5)
-    assert two["checkpoints"] == one["checkpoints"]
-    assert two["log"].count("evaluation") == one["log"].count("evaluation"), "one rank speaks"
+def same_losses(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert dict(found["losses"]) == pytest.approx(dict(expected["losses"]), rel=1e-5)
+
+
+@pytest.mark.parametrize(("name", "ranks"), [("ddp", 2), ("hybrid", 4)])
+def test_ranks_take_the_same_samples_to_the_same_losses(left: dict[str, Any], name: str, ranks: int) -> None:
+    """Copies, and shards of two machines of two ranks each, beside one process."""
+    one, several = left["one"], left[name]
+    assert several["statuses"] == [0] * ranks, several["log"]
+    assert several["samples"] == one["samples"] and len(one["samples"]) == 4
+    same_losses(several, one)
+    assert several["evaluations"] == pytest.approx(one["evaluations"], rel=1e-5) and one["evaluations"]
+    assert several["checkpoints"] == one["checkpoints"]
+    assert several["log"].count("evaluation") == one["log"].count("evaluation"), "one rank speaks"
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
@@ -56,19 +61,12 @@ def test_a_signal_to_one_rank_stops_both_and_one_rank_goes_on(left: dict[str, An
     stopped, resumed = left[f"{parallel} stopped"], left[f"{parallel} resumed on 1"]
     assert stopped["statuses"] == [0, 0], stopped["log"]
     assert stopped["result"]["status"] == "paused" and stopped["result"]["reason"] == "SIGTERM"
-    assert stopped["checkpoints"][-1] == f"step-{stopped['result']['step']:08d}"
+    assert stopped["checkpoints"] == [f"step-{stopped['result']['step']:08d}"]
     assert resumed["statuses"] == [0] and resumed["result"]["status"] == "completed"
-    expected = dict(left["one"]["losses"])
-    assert dict(resumed["losses"]) == pytest.approx(expected, rel=1e-5)
+    same_losses(resumed, left["one"])
+    assert stopped["samples"] and resumed["samples"]
     assert stopped["samples"] + resumed["samples"] == left["one"]["samples"]
     assert "ranks was 2" in resumed["log"]
-
-
-def test_shards_of_two_machines_train_like_one_process(left: dict[str, Any]) -> None:
-    hybrid = left["hybrid"]
-    assert hybrid["statuses"] == [0] * 4, hybrid["log"]
-    assert dict(hybrid["losses"]) == pytest.approx(dict(left["one"]["losses"]), rel=1e-5)
-    assert hybrid["samples"] == left["one"]["samples"]
 
 
 def test_a_fixed_tree_gives_the_same_bits_on_two_ranks(left: dict[str, Any]) -> None:
@@ -88,27 +86,38 @@ def test_a_fixed_tree_refuses_what_is_no_tree(batch: int, microbatch: int, world
         check_tree(batch, microbatch, world)
 
 
-@pytest.mark.parametrize("phase", ["backward", "update"])
-def test_no_memory_on_one_rank_halves_the_microbatch_on_both(left: dict[str, Any], phase: str) -> None:
-    found = left[f"oom {phase}"]
+def test_no_memory_on_one_rank_halves_the_microbatch_on_both(left: dict[str, Any]) -> None:
+    """In the forward pass, the backward pass and the update of one run; the last goes back to the newest checkpoint."""
+    found = left["oom ddp"]
     assert found["statuses"] == [0, 0], found["log"]
-    [event] = events(found, "oom")
-    assert event["rank"] == 1 and event["microbatch"] == [2, 1]
+    seen = events(found, "oom")
+    assert [event["microbatch"] for event in seen] == [[8, 4], [4, 2], [2, 1]]
+    assert [event["rank"] for event in seen] == [1, 1, 1]
+    assert "did not fit; back at step 2" in found["log"]
     assert found["samples"] == left["one"]["samples"]
-    assert dict(found["losses"]) == pytest.approx(dict(left["one"]["losses"]), rel=1e-5)
+    assert found["checkpoints"] == left["one"]["checkpoints"]
+    same_losses(found, left["one"])
 
 
-def test_no_memory_amid_shards_ends_the_run_and_the_next_start_takes_less(left: dict[str, Any]) -> None:
-    ended, again = left["oom in shards"], left["oom in shards, again"]
-    assert all(ended["statuses"]) and "rank 1: out of memory" in ended["log"]
+@pytest.mark.parametrize("phase", ["forward", "backward", "update"])
+def test_no_memory_amid_shards_ends_the_run_and_names_the_rank(left: dict[str, Any], phase: str) -> None:
+    ended = left[f"oom fsdp {phase}"]
+    assert ended["statuses"] == [1, 1] and "rank 1: out of memory" in ended["log"], ended["log"]
+
+
+def test_after_no_memory_amid_shards_the_next_start_takes_half(left: dict[str, Any]) -> None:
+    sizes = [f"it takes microbatches of {size}" for size in (4, 2, 1)]
+    for phase, words in zip(("forward", "backward", "update"), sizes):
+        assert words in left[f"oom fsdp {phase}"]["log"]
+    again = left["oom fsdp "]
     assert again["statuses"] == [0, 0], again["log"]
-    assert dict(again["losses"]) == pytest.approx(dict(left["one"]["losses"]), rel=1e-5)
+    same_losses(again, left["one"])
 
 
 def test_an_infinite_loss_on_one_rank_is_skipped_on_both(left: dict[str, Any]) -> None:
     found = left["infinite"]
     assert found["statuses"] == [0, 0], found["log"]
-    assert [event["step"] for event in events(found, "skip")] == [3]
+    assert [event["step"] for event in events(found, "skip")] == [2]
 
 
 def test_a_deadline_on_one_rank_first_stops_both(left: dict[str, Any]) -> None:
@@ -123,4 +132,4 @@ def test_a_rank_that_dies_is_named_and_the_others_end(left: dict[str, Any]) -> N
     assert "rank 1 (process" in killed["log"] and "was ended from outside" in killed["log"]
     assert killed["result"]["status"] == "failed" and "rank 1" in killed["result"]["reason"]
     assert again["statuses"] == [0, 0], again["log"]
-    assert again["losses"] == left["ddp"]["losses"]
+    assert again["losses"] == left["ddp"]["losses"] and again["weights"] == left["ddp"]["weights"]

@@ -38,6 +38,8 @@ from ekiden.training.loop import train
 GLOBAL_BATCH = 8
 BOUND_SECONDS = 60.0
 """Ranks that live longer than this after one was killed count as hanging; on an idle machine they end in 1 to 3 s."""
+FROZEN_SECONDS = 3.0
+"""Between two looks of this driver: longer, and it was itself stopped, with the ranks: no time that counts."""
 
 Fault = Callable[[int], None]
 """Called in each rank with its number before it trains; may set hooks."""
@@ -45,13 +47,17 @@ Fault = Callable[[int], None]
 
 @dataclass
 class Ended:
-    """How the ranks of one start ended. statuses: by rank, negative for a signal, None for one that hung."""
+    """How the ranks of one start ended.
+
+    statuses: by rank, negative for a signal, None for one that hung. frozen_seconds: in which everything stood still.
+    """
 
     statuses: list[int | None]
     seconds: float
     log: str
     killed: int | None = None
     seconds_after_kill: float = 0.0
+    frozen_seconds: float = 0.0
     samples: dict[int, list[str]] = field(default_factory=dict)
 
     @property
@@ -67,7 +73,7 @@ def options(world: int, **more: Any) -> dict[str, Any]:
         "batch_size": 1,
         "gradient_accumulation_steps": GLOBAL_BATCH // world,
         "rank_timeout": "20s",
-        "optimizer": "adamw",  # FSDP takes no Muon
+        "optimizer": "adamw",
         **more,
     }
 
@@ -100,13 +106,17 @@ def run_ranks(
     pids = [_fork(config, rank, world, local_world or world, port, folder, fault) for rank in range(world)]
     statuses: dict[int, int | None] = {}
     killed_at: float | None = None
+    frozen, looked = 0.0, began
     while len(statuses) < world:
         for rank, pid in enumerate(pids):
             if rank not in statuses:
                 done, status = os.waitpid(pid, os.WNOHANG)
                 if done:
                     statuses[rank] = os.waitstatus_to_exitcode(status)
-        now = time.monotonic()
+        if time.monotonic() - looked > FROZEN_SECONDS:
+            frozen += time.monotonic() - looked
+        looked = time.monotonic()
+        now = looked - frozen
         if kill and killed_at is None and now - began >= kill[1]:
             if kill[0] not in statuses:
                 os.kill(pids[kill[0]], signal.SIGKILL)
@@ -119,13 +129,14 @@ def run_ranks(
                     os.waitpid(pid, 0)
                     statuses[rank] = None
         time.sleep(0.01)
-    ended = time.monotonic()
+    ended = time.monotonic() - frozen
     return Ended(
         [statuses[rank] for rank in range(world)],
         ended - began,
         log.read_text(errors="replace") if log.exists() else "",
         kill[0] if killed_at is not None and kill else None,
         ended - killed_at if killed_at is not None else 0.0,
+        frozen,
         _samples(folder, world),
     )
 
@@ -221,7 +232,7 @@ def oom(on_rank: int, phase: str, count: int = 9) -> Fault:
         def hook() -> None:
             nonlocal calls
             calls += 1
-            if calls == 2 + 3:  # two trials before the first step
+            if calls == 2 + count:  # two trials before the first step
                 out_of_memory()
 
         step_module.update_fault_hook = hook
@@ -307,7 +318,6 @@ def matrix_options(world: int) -> dict[str, Any]:
         "gradient_accumulation_steps": MATRIX_BATCH // world,
         "save_steps": 0,
         "eval_steps": 0,
-        "optimizer": "adamw",  # FSDP takes no Muon
         "rank_timeout": "20s",
     }
 
@@ -316,9 +326,13 @@ def _per_step(world: int) -> int:
     return MATRIX_BATCH // world
 
 
-def matrix(preset: str, shards: Path, folder: Path, steps: int) -> list[dict[str, Any]]:
+def matrix(
+    preset: str, shards: Path, folder: Path, steps: int, optimizer: str = "muon"
+) -> list[dict[str, Any]]:
     """Return a row for each pair: parallel, ranks before and after, the largest relative difference of a loss."""
-    one = settings(preset, shards, folder / "reference" / "run", steps, **matrix_options(1))
+    one = settings(
+        preset, shards, folder / "reference" / "run", steps, **matrix_options(1), optimizer=optimizer
+    )
     done = run_ranks(one, 1, folder / "reference")
     assert done.completed, done.log
     expected, expected_samples = losses(folder / "reference" / "run"), done.samples
@@ -327,7 +341,9 @@ def matrix(preset: str, shards: Path, folder: Path, steps: int) -> list[dict[str
         for before in (1, 2, 3, 4):
             for after in (1, 2, 3, 4):
                 place = folder / f"{parallel}-{before}-{after}"
-                found, samples = pair(shards, place, (parallel, before), (parallel, after), steps, preset)
+                found, samples = pair(
+                    shards, place, (parallel, before), (parallel, after), steps, preset, optimizer=optimizer
+                )
                 rows.append(
                     {
                         "parallel": parallel,
@@ -367,15 +383,20 @@ def exact(preset: str, shards: Path, folder: Path, steps: int) -> list[dict[str,
 
 
 def kills(
-    shards: Path, folder: Path, count: int, seed: int, world: int = 2, steps: int = 12
+    shards: Path,
+    folder: Path,
+    count: int,
+    seed: int,
+    world: int = 2,
+    steps: int = 12,
+    optimizer: str = "muon",
 ) -> dict[str, Any]:
     """Kill a random rank at a random moment, `count` times; resume each run to its end; compare with an unkilled one."""
     generator = random.Random(seed)
 
     def start(name: str, kill: tuple[int, float] | None, parallel: str, attempt: int = 0) -> Ended:
-        more = options(
-            world, parallel=parallel, save_steps=3, eval_steps=0, batch_size=2, gradient_accumulation_steps=2
-        )
+        batch = {"batch_size": 2, "gradient_accumulation_steps": 2}
+        more = options(world, parallel=parallel, save_steps=3, eval_steps=0, optimizer=optimizer, **batch)
         config = settings("gemma3-tiny", shards, folder / name, steps, **more)
         return run_ranks(config, world, folder / f"{name}-log-{attempt}", kill=kill)
 
@@ -384,8 +405,10 @@ def kills(
         reference = start(f"reference-{parallel}", None, parallel)
         assert reference.completed, reference.log
         expected[parallel], seconds[parallel] = outcome(folder / f"reference-{parallel}"), reference.seconds
-    tally = {
+    tally: dict[str, Any] = {
         "kills": 0,
+        "by_parallel": {"ddp": 0, "fsdp": 0},
+        "frozen": 0,
         "hung": 0,
         "not_resumed": 0,
         "different": 0,
@@ -406,7 +429,12 @@ def kills(
                 tally["not_resumed"] += 1
                 print(done.statuses, done.log[-2000:], file=sys.stderr)
                 break
+            if done.frozen_seconds:
+                # The whole machine stood still during this one: it is resumed, but counts for nothing.
+                tally["frozen"] += 1
+                continue
             tally["kills"] += 1
+            tally["by_parallel"][parallel] += 1
             tally["hung"] += None in done.statuses
             told = f"rank {done.killed} (process" in done.log or "could not meet" in done.log
             survived = [status for rank, status in enumerate(done.statuses) if rank != done.killed]
@@ -438,14 +466,15 @@ def main() -> None:
     parser.add_argument("--exact", action="store_true")
     parser.add_argument("--steps", type=int, default=8, help="of each run of the matrix")
     parser.add_argument("--preset", default="gemma3-tiny")
+    parser.add_argument("--optimizer", default="muon", help="muon or adamw")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    result: dict[str, Any] = {"campaign": "ranks"}
+    result: dict[str, Any] = {"campaign": "ranks", "optimizer": given.optimizer}
     with tempfile.TemporaryDirectory() as name:
         with contextlib.redirect_stdout(sys.stderr):
             shards = make_shards(Path(name))
         if given.matrix:
-            rows = matrix(given.preset, shards, Path(name) / "matrix", given.steps)
+            rows = matrix(given.preset, shards, Path(name) / "matrix", given.steps, given.optimizer)
             largest = {
                 parallel: max(row["difference"] for row in rows if row["parallel"] == parallel)
                 for parallel in ("ddp", "fsdp")
@@ -455,7 +484,9 @@ def main() -> None:
         if given.matrix or given.exact:
             result["exact"] = exact(given.preset, shards, Path(name) / "exact", given.steps)
         if given.kills:
-            result["kills"] = kills(shards, Path(name) / "kills", given.kills, given.seed)
+            result["kills"] = kills(
+                shards, Path(name) / "kills", given.kills, given.seed, optimizer=given.optimizer
+            )
     passed = result.get("same_samples", True) and result.get("kills", {}).get("passed", True)
     passed = passed and all(row["bit_identical"] for row in result.get("exact", []))
     print(json.dumps({**result, "passed": passed}))

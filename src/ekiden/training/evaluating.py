@@ -72,6 +72,13 @@ class Evaluator:
             result = run_within_memory(work)
             if not isinstance(result, OutOfMemory):
                 return result
+            if self.state.sharded:
+                raise UserError(
+                    self.ranks.name(
+                        f"out of memory in the evaluation of step {counters.step} with --parallel fsdp, where ranks cannot "
+                        f"try again; give a --batch-size below {batch_size} (and more --gradient-accumulation-steps)"
+                    )
+                )
             say(
                 f"out of memory in the evaluation of step {counters.step} with {batch_size} samples at a time"
             )

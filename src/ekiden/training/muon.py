@@ -15,7 +15,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
+
+from ekiden.training.matrix_exchange import gather_to_owners, local, scatter_from_owners, shard_group
 
 # Amsel, Persson, Musco & Gower 2025, "The Polar Express" (arXiv:2505.16932), algorithm 1: the minimax polynomials of
 # five iterations for singular values from 1e-3 of the largest up, with the authors' safety factor of 2 %.
@@ -126,42 +128,49 @@ class Muon(torch.optim.Optimizer):
         self.rest.grad_scale, self.rest.found_inf = None, self.found_inf  # type: ignore[attr-defined]
         self.rest.step()
         group = self.param_groups[0]
-        by_shape: dict[tuple[Any, ...], list[Matrix]] = {}
+        alike: dict[tuple[Any, ...], list[Matrix]] = {}
         for matrix in self.matrices:
             if matrix.parameter.grad is not None:
-                by_shape.setdefault((matrix.shape, matrix.parameter.device), []).append(matrix)
-        for ((outputs, inputs), _device), matrices in by_shape.items():
-            most = max(1, _STACK // (outputs * inputs * matrices[0].parts))
+                key = matrix.shape, matrix.parts, matrix.transposed, matrix.parameter.device
+                alike.setdefault(key, []).append(matrix)
+        for ((outputs, inputs), parts, *_), matrices in alike.items():
+            owners = shard_group(matrices[0].parameter)[1]
+            most = max(1, _STACK // (outputs * inputs * parts)) * owners
             for first in range(0, len(matrices), most):
                 self._update(matrices[first : first + most], group, max(1.0, outputs / inputs) ** 0.5)
 
     def _update(self, matrices: list[Matrix], group: dict[str, Any], scale: float) -> None:
-        """Update matrices of one shape together: on a GPU a batch of small products costs little more than one."""
-        device = matrices[0].parameter.device
+        """Update matrices that are alike together: on a GPU a batch of small products costs little more than one.
+
+        Where the parameters are shards, each rank orthogonalises its share of the matrices, whole.
+        """
+        parameters = [matrix.parameter for matrix in matrices]
+        device = parameters[0].device
         good: Any = 1.0 if self.found_inf is None else (self.found_inf == 0).float().to(device)
-        directions = []
-        for matrix in matrices:
-            direction = self._direction(matrix.parameter, group["momentum"], good)
-            whole = direction.full_tensor() if isinstance(direction, DTensor) else direction
-            directions += matrix.split(whole)
-        updates = iter(orthogonalize(torch.stack(directions), multiply_dtype(device)).unbind())
+        updates = [self._direction(parameter, group["momentum"], good) for parameter in parameters]
+        sharded = isinstance(parameters[0], DTensor)
+        wholes = gather_to_owners(updates, parameters[0]) if sharded else updates
+        if wholes:
+            parts = [part for whole in wholes for part in matrices[0].split(whole)]
+            done = iter(orthogonalize(torch.stack(parts), multiply_dtype(device)).unbind())
+            wholes = [matrices[0].join([next(done) for _ in range(matrices[0].parts)]) for _ in wholes]
+        updates = scatter_from_owners(wholes, updates, parameters[0]) if sharded else wholes
         decay, rate = 1 - group["lr"] * group["weight_decay"] * good, group["lr"] * scale * good
-        for matrix in matrices:
-            update = matrix.join([next(updates) for _ in range(matrix.parts)])
-            parameter = matrix.parameter
-            if isinstance(parameter, DTensor):
-                update = distribute_tensor(update.contiguous(), parameter.device_mesh, parameter.placements)
-            parameter.mul_(decay).sub_(update * rate)
+        for parameter, update in zip(parameters, updates):
+            local(parameter).mul_(decay).sub_(update * rate)
 
     def _direction(self, parameter: nn.Parameter, momentum: float, good: Any) -> torch.Tensor:
-        """Take the gradient into the momentum and return Nesterov's look-ahead of it; a bad gradient counts as zero."""
+        """Take the gradient into the momentum and return Nesterov's look-ahead of it; a bad gradient counts as zero.
+
+        Of a shard, as much as is here.
+        """
         state = self.state[parameter]
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(parameter)
-        gradient = parameter.grad
-        assert gradient is not None
+        assert parameter.grad is not None
+        gradient = local(parameter.grad)
         if torch.is_tensor(good):
             gradient = torch.where(good > 0, gradient, 0.0)
-        average = state["momentum_buffer"]
+        average = local(state["momentum_buffer"])
         average.add_((gradient - average) * ((1 - momentum) * good))
         return torch.lerp(gradient, average, momentum)

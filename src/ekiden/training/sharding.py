@@ -52,7 +52,7 @@ def wants_shards(config: TrainConfig, ranks: Ranks, parameters: int, device: tor
         return False
     if config.parallel == "auto":
         compact = config.optimizer_moments != "fp32" or config.cpu_offload
-        if config.elastic_exact or config.optimizer != "adamw" or compact or device.type != "cuda":
+        if config.elastic_exact or compact or device.type != "cuda":
             return False
         memory = torch.cuda.get_device_properties(device).total_memory
         return STATE_BYTES * parameters > STATE_SHARE * memory
@@ -62,10 +62,6 @@ def wants_shards(config: TrainConfig, ranks: Ranks, parameters: int, device: tor
         raise UserError(
             "--parallel fsdp divides fp32 moments among the GPUs; leave out --optimizer-moments and --cpu-offload, or give "
             "--parallel ddp"
-        )
-    if config.optimizer != "adamw":
-        raise UserError(
-            f"--optimizer {config.optimizer} needs whole matrices; give --parallel ddp, or --optimizer adamw"
         )
     if config.elastic_exact:
         raise UserError("--elastic-exact sums whole gradients; give --parallel ddp")

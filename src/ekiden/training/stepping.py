@@ -23,9 +23,22 @@ from ekiden.training.ranks import Ranks
 from ekiden.training.rundir import RunDirectory
 from ekiden.training.sharding import filled_up
 from ekiden.training.start import Start
+from ekiden.training.state import Counters
 from ekiden.training.step import StepFigures, accumulate_gradients, apply_update
 
 T = TypeVar("T")
+
+
+def no_memory_in_shards(directory: RunDirectory, ranks: Ranks, counters: Counters) -> UserError:
+    """Leave word that the next start takes half the microbatch; return the error that ends this one."""
+    smaller = max(1, counters.microbatch // 2)
+    directory.write_microbatch(smaller)
+    return UserError(
+        ranks.name(
+            f"out of memory at step {counters.step + 1} with --parallel fsdp, where ranks cannot try again; run the same "
+            f"command again (or give --max-restarts): it takes microbatches of {smaller}, same global batch"
+        )
+    )
 
 
 class Stepper:
@@ -78,6 +91,8 @@ class Stepper:
             apply_update, self.state.optimizer, loss, rate, config.max_grad_norm, self.state.scaler
         )
         figures = run_within_memory(update)
+        if isinstance(figures, OutOfMemory) and self.state.sharded:
+            self._leave_smaller(figures.problem)
         problem = self.ranks.first(figures.problem if isinstance(figures, OutOfMemory) else None)
         if problem or isinstance(figures, OutOfMemory):
             self._halve_microbatch(problem)
@@ -136,16 +151,9 @@ class Stepper:
         Raises:
             UserError: always.
         """
-        before = self.counters.microbatch
-        if before == 1:
+        if self.counters.microbatch == 1:
             self._halve_microbatch((self.ranks.rank, problem))
-        self.directory.write_microbatch(before // 2)
-        raise UserError(
-            self.ranks.name(
-                f"out of memory at step {self.counters.step + 1} with --parallel fsdp, where ranks cannot try again; run the "
-                f"same command again (or give --max-restarts): it takes microbatches of {before // 2}, same global batch"
-            )
-        )
+        raise no_memory_in_shards(self.directory, self.ranks, self.counters)
 
     def _halve_microbatch(self, problem: tuple[int, str] | None) -> None:
         """Make room: half the microbatch, twice the accumulation, the same global batch.

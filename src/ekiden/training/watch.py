@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 INTERVAL_SECONDS = 1.0
+PAUSE_SECONDS = 5.0
+"""Between two looks of one rank: longer, and it was itself suspended (a scheduler's SIGSTOP, a machine that slept)."""
 GRACE_SECONDS = 15.0
 """From finding a failure to ending a process whose main thread did not come out of it by itself."""
 
@@ -77,9 +79,14 @@ class Watch:
         return self.rank if lost < 0 else 1 if lost == 0 else 0
 
     def _run(self) -> None:
-        number = 0
+        number, looked = 0, time.monotonic()
         while not self._stopped.wait(INTERVAL_SECONDS):
             number += 1
+            now = time.monotonic()
+            if now - looked > PAUSE_SECONDS:
+                # This process itself was stopped, and with it perhaps all of them: nobody's silence counts.
+                self._beats = [(beat, now) for beat, _since in self._beats]
+            looked = now
             self._beat(number)
             self._look()
             if self._found is not None and not self._stopped.wait(GRACE_SECONDS):
