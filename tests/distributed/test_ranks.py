@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -10,12 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "faults"))
 from common import small_shards
 
+from ekiden.config import build_config
 from ekiden.errors import UserError
 from ekiden.training.exact import check_tree
+from ekiden.training.ranks import Ranks
+from ekiden.training.sharding import wants_shards
 
 SCENARIOS = Path(__file__).with_name("scenarios.py")
 
@@ -133,3 +138,27 @@ def test_a_rank_that_dies_is_named_and_the_others_end(left: dict[str, Any]) -> N
     assert killed["result"]["status"] == "failed" and "rank 1" in killed["result"]["reason"]
     assert again["statuses"] == [0, 0], again["log"]
     assert again["losses"] == left["ddp"]["losses"] and again["weights"] == left["ddp"]["weights"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"optimizer_moments": "bf16", "optimizer": "adamw"}, "leave out --optimizer-moments"),
+        ({"cpu_offload": True, "optimizer": "adamw"}, "leave out --optimizer-moments and --cpu-offload"),
+        ({"elastic_exact": True}, "--elastic-exact sums whole gradients; give --parallel ddp"),
+    ],
+)
+def test_shards_refuse_what_they_cannot_divide(settings: dict[str, Any], words: str) -> None:
+    two = Ranks(0, 2)
+    config = build_config("gemma3-tiny", parallel="fsdp", **settings)
+    with pytest.raises(UserError, match=words):
+        wants_shards(config, two, 1000, torch.device("cpu"))
+    automatic = dataclasses.replace(config, parallel="auto")
+    assert not wants_shards(automatic, two, 1 << 40, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_shards_are_taken_where_they_are_asked_for(optimizer: str) -> None:
+    config = build_config("gemma3-tiny", parallel="fsdp", optimizer=optimizer)
+    assert wants_shards(config, Ranks(0, 2), 1000, torch.device("cpu"))
+    assert not wants_shards(config, Ranks(), 1000, torch.device("cpu"))

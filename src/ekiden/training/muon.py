@@ -148,13 +148,13 @@ class Muon(torch.optim.Optimizer):
         device = parameters[0].device
         good: Any = 1.0 if self.found_inf is None else (self.found_inf == 0).float().to(device)
         updates = [self._direction(parameter, group["momentum"], good) for parameter in parameters]
-        sharded = isinstance(parameters[0], DTensor)
-        wholes = gather_to_owners(updates, parameters[0]) if sharded else updates
+        like = parameters[0] if isinstance(parameters[0], DTensor) else None
+        wholes = gather_to_owners(updates, like) if like is not None else updates
         if wholes:
             parts = [part for whole in wholes for part in matrices[0].split(whole)]
             done = iter(orthogonalize(torch.stack(parts), multiply_dtype(device)).unbind())
             wholes = [matrices[0].join([next(done) for _ in range(matrices[0].parts)]) for _ in wholes]
-        updates = scatter_from_owners(wholes, updates, parameters[0]) if sharded else wholes
+        updates = scatter_from_owners(wholes, updates, like) if like is not None else wholes
         decay, rate = 1 - group["lr"] * group["weight_decay"] * good, group["lr"] * scale * good
         for parameter, update in zip(parameters, updates):
             local(parameter).mul_(decay).sub_(update * rate)

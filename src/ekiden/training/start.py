@@ -105,9 +105,10 @@ def prepare(config: TrainConfig, run: RunDirectory, ranks: Ranks | None = None) 
         state.counters.microbatch_schedule = [[0, config.batch_size]]
     max_steps = last_step(state, saved, dataset)
     taken = None if saved else ranks.on_main(lambda: take_weights(config, state, max_steps))
-    limit = ranks.on_main(run.read_microbatch)
-    if limit and limit < state.counters.microbatch:
-        state.counters.microbatch_schedule.append([state.counters.step, limit])
+    # Left by whichever rank had no memory, perhaps on a disk of its own.
+    limit = -ranks.agree([-(run.read_microbatch() or math.inf)])[0]
+    if limit < state.counters.microbatch:
+        state.counters.microbatch_schedule.append([state.counters.step, int(limit)])
     if config.elastic_exact:
         check_tree(global_batch, state.counters.microbatch, ranks.world)
     state.share(ranks, moments=not sharded)
