@@ -73,6 +73,8 @@ class TrainConfig:
     """The same for the last final_share of the run: below temperature, small languages are read more where it counts most."""
     final_share: float = 0.0
     """Share of the run, at its end, that final_temperature holds for; 0: none."""
+    final_min_share: float = 0.0
+    """Smallest share of a language in that last part, as long as its text is read 4 times at most; 0: none."""
     language_weights: dict[str, float] = field(default_factory=dict)
     """Explicit mixture instead of temperature, as name=share pairs: english=0.6,hindi=0.4. Others are left out."""
     max_epochs_per_language: float = 0.0

@@ -13,7 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ekiden.errors import UsageError, UserError
-from ekiden.tokens.mixture import BLOCK, Mixture, permute, plan_mixture
+from ekiden.tokens.mixture import (
+    BLOCK,
+    FLOOR_EPOCHS,
+    Mixture,
+    _raised,
+    final_shares,
+    permute,
+    plan_mixture,
+)
 
 AWKWARD = [
     1,
@@ -497,3 +505,41 @@ def test_no_later_shares_for_one_language_or_explicit_weights():
     assert plan_mixture({"a": 100}, 8, 0, **ends).later == ()
     assert plan_mixture(LANGUAGES, 8, 0, weights={"hindi": 1, "dutch": 2}, **ends).later == ()
     assert plan_mixture(LANGUAGES, 8, 0, **ends | {"final_share": 0.0}).later == ()
+
+
+# -- a smallest share at the end -------------------------------------------------------------------------------
+
+
+def test_a_smallest_share_is_taken_from_the_others_in_proportion():
+    sizes = {"large": 6_000_000, "middle": 3_000_000, "small": 100_000}
+    mixture = plan_mixture(sizes, 8, 0, 1.0)
+    shares = final_shares(mixture, 1.0, 1_000, 2_000, floor=0.1)
+    assert shares == pytest.approx({"large": 0.6, "middle": 0.3, "small": 0.1})
+    # The floor of one takes so much that another comes to need its own.
+    shares = final_shares(mixture, 1.0, 1_000, 2_000, floor=0.32)
+    assert shares == pytest.approx({"large": 0.36, "middle": 0.32, "small": 0.32})
+    assert final_shares(mixture, 1.0, 1_000, 2_000, floor=0.9) == pytest.approx(dict.fromkeys(sizes, 1 / 3))
+
+
+def test_a_smallest_share_repeats_no_text_more_than_four_times():
+    sizes = {"large": 10_000_000, "small": 80_000}
+    for total in (100, 10_000, 30_000, 100_000, 10_000_000):
+        mixture = plan_mixture(
+            sizes, 8, 0, 1.0, total_samples=total, final_temperature=1.0, final_share=0.5, final_floor=0.2
+        )
+        small = mixture.samples_of(total)["small"]
+        proportional = plan_mixture(sizes, 8, 0, 1.0).samples_of(total)["small"]
+        assert small <= max(FLOOR_EPOCHS * 10_000, proportional) + total / BLOCK + 64
+        assert small > proportional or proportional >= FLOOR_EPOCHS * 10_000
+
+
+@given(
+    st.lists(st.floats(1e-9, 1), min_size=1, max_size=8), st.lists(st.floats(0, 1), min_size=8, max_size=8)
+)
+def test_raised_shares_are_shares_none_below_its_floor(weights, floors):
+    names = [str(number) for number in range(len(weights))]
+    least = dict(zip(names, floors))
+    shares = _raised(dict(zip(names, weights)), least)
+    assert sum(shares.values()) == pytest.approx(1)
+    for name, share in shares.items():
+        assert share >= min(least[name], 1 / len(names)) * (1 - 1e-9)

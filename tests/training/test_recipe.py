@@ -98,6 +98,8 @@ def test_every_preset_says_its_recipe_and_where_it_comes_from(preset: str) -> No
     assert "learning_rate=0.5 (preset: " in changed and "schedule=cosine (preset: wsd)" in changed
     adamw = "\n".join(describe_recipe(build_config(preset, optimizer="adamw", language_weights="a=1,b=2")))
     assert "AdamW at" in adamw and "as --language-weights says" in adamw
+    ends = "\n".join(describe_recipe(build_config(preset, final_share=0.6, final_min_share=0.2)))
+    assert "in the last 60%, none below 20%" in ends
 
 
 def test_the_recipes_settings_are_settings() -> None:

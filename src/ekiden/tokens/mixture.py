@@ -30,6 +30,10 @@ from ekiden.errors import UsageError, UserError, nearest
 BLOCK = 4096
 """Samples in a block: a share is kept to 1/4096, and each language appears in every block."""
 
+FLOOR_EPOCHS = 4.0
+"""Epochs over the whole run up to which a smallest share is filled: so often text is repeated nearly without loss
+(Muennighoff et al. 2023, arXiv:2305.16264)."""
+
 _U64 = np.uint64
 _ROUNDS = 6
 """Even, so that both halves end where they began; 4 are the least that are strong (Luby & Rackoff 1988)."""
@@ -304,6 +308,7 @@ def plan_mixture(
     total_samples: int | None = None,
     final_temperature: float | None = None,
     final_share: float = 0.0,
+    final_floor: float = 0.0,
 ) -> Mixture:
     """Return the mixture for languages of the given sizes.
 
@@ -319,6 +324,7 @@ def plan_mixture(
         final_temperature: temperature of the last `final_share` of the run: below `temperature`, small languages are
             read more while the learning rate falls, when what is read is kept best. None, or explicit weights: as
             before.
+        final_floor: smallest share of a language in that last part; `final_shares` says more.
 
     Raises:
         UsageError: weights for a language that is not there, or none above 0; a value that is no weight.
@@ -344,27 +350,37 @@ def plan_mixture(
         return mixture
     assert total_samples is not None and total_samples > 0
     first = round((1 - final_share) * total_samples)
-    return mixture.ending_with(
-        final_shares(mixture, final_temperature, first, total_samples, max_epochs), first
-    )
+    shares = final_shares(mixture, final_temperature, first, total_samples, max_epochs, final_floor)
+    return mixture.ending_with(shares, first)
 
 
 def final_shares(
-    mixture: Mixture, temperature: float, first: int, total_samples: int, max_epochs: float | None = None
+    mixture: Mixture,
+    temperature: float,
+    first: int,
+    total_samples: int,
+    max_epochs: float | None = None,
+    floor: float = 0.0,
 ) -> dict[str, float]:
     """Return the shares of the samples from `first` to the end of a run of `total_samples`, by `temperature`.
 
     Args:
         max_epochs: of a language over the whole run, what was read before `first` included.
+        floor: no language has less than this (or than an equal share, where there are many), as long as its text is
+            read FLOOR_EPOCHS times at most; the others give it in proportion.
 
     Raises:
         UserError: the cap leaves too little text for the rest of the run.
     """
     sizes = dict(zip(mixture.languages, mixture.tokens))
     shares = _by_temperature(sizes, temperature)
+    read = mixture.samples_of(first)
+    if floor:
+        total = max(1, total_samples - first) * mixture.length
+        unread = {name: max(0.0, FLOOR_EPOCHS * n - read[name] * mixture.length) for name, n in sizes.items()}
+        shares = _raised(shares, {name: min(floor, n / total) for name, n in unread.items()})
     if max_epochs is None:
         return shares
-    read = mixture.samples_of(first)
     left = {
         name: max(0.0, count - read[name] * mixture.length)
         for name, count in _texts(sizes, max_epochs).items()
@@ -427,6 +443,23 @@ def _capped(
         left = 1 - sum(fixed.values())
         shares = {name: fixed[name] if name in fixed else left * weights[name] / rest for name in shares}
     return shares
+
+
+def _raised(weights: dict[str, float], floors: dict[str, float]) -> dict[str, float]:
+    """Return shares in proportion to `weights`, but none below its floor, nor that above an equal share."""
+    floors = {name: min(floor, 1 / len(weights)) for name, floor in floors.items()}
+    fixed: dict[str, float] = {}
+    while True:
+        rest = sum(weight for name, weight in weights.items() if name not in fixed)
+        left = 1 - sum(fixed.values())
+        shares = {
+            name: fixed.get(name, left * weight / rest if rest else 0.0) for name, weight in weights.items()
+        }
+        # A floor that holds takes from the others, so that another may come to hold.
+        under = {name for name in shares if name not in fixed and shares[name] < floors[name] * (1 - 1e-12)}
+        if not under:
+            return shares
+        fixed |= {name: floors[name] for name in under}
 
 
 def _apportion(weights: dict[str, float]) -> dict[str, int]:

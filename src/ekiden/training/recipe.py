@@ -10,7 +10,7 @@ from ekiden.config import TrainConfig, build_config
 SETTINGS = (
     "initialization optimizer learning_rate matrix_learning_rate muon_momentum beta1 beta2 adam_epsilon weight_decay "
     "schedule warmup_steps decay_ratio min_learning_rate_ratio max_grad_norm temperature final_temperature final_share "
-    "max_epochs_per_language language_weights"
+    "final_min_share max_epochs_per_language language_weights"
 ).split()
 """The settings that make the recipe."""
 
@@ -35,6 +35,8 @@ def describe_recipe(config: TrainConfig) -> list[str]:
         mixture = "as --language-weights says"
     elif config.final_share:
         mixture += f", n^{config.final_temperature:g} in the last {config.final_share:.0%}"
+        if config.final_min_share:
+            mixture += f", none below {config.final_min_share:.0%}"
     lines = [
         f"recipe: {config.initialization} initialisation; {optimizer}",
         f"  learning rate: {schedule}, down to {config.min_learning_rate_ratio:.0%} of the peak; languages: {mixture}",

@@ -213,7 +213,12 @@ def begin_decay(state: TrainingState, source: dict[str, Any], dataset: TokenData
         first = counters.data_step(counters.step) * counters.global_batch
         total = first + steps * counters.global_batch
         shares = final_shares(
-            state.mixture, config.final_temperature, first, total, config.max_epochs_per_language or None
+            state.mixture,
+            config.final_temperature,
+            first,
+            total,
+            config.max_epochs_per_language or None,
+            config.final_min_share,
         )
         state.mixture = state.mixture.ending_with(shares, first)
     say(f"decaying over {steps} steps from step {counters.step}, from a learning rate of {rate:g}")
@@ -261,6 +266,7 @@ def fresh_mixture(config: TrainConfig, dataset: TokenDataset, global_batch: int)
         total_samples=steps * global_batch,
         final_temperature=config.final_temperature,
         final_share=config.final_share,
+        final_floor=config.final_min_share,
     )
 
 
