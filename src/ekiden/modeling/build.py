@@ -16,6 +16,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GPT2Config, GPT2LM
 from transformers import PretrainedConfig as ModelConfig
 
 from ekiden.config import TrainConfig
+from ekiden.modeling.attention import forward_arguments
 
 T = TypeVar("T")
 
@@ -152,7 +153,8 @@ def inside_forward(model: nn.Module, work: Callable[..., T], *arguments: Any) ->
 
 def hidden_states(model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
     """Return the hidden states [b, T, d] after the last norm for token ids [b, T]."""
-    return body(model)(input_ids=input_ids, use_cache=False).last_hidden_state
+    arguments = forward_arguments(model, input_ids)
+    return body(model)(input_ids=input_ids, use_cache=False, **arguments).last_hidden_state
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""A model made ready for training: activations that are computed again, and a compiled decoder where that works.
+"""A model made ready for training: its attention, activations that are computed again, a compiled decoder where that works.
 
 `training.start` calls `prepare_model` once, after the model has moved to its device.
 """
@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ekiden.config import TrainConfig
+from ekiden.modeling.attention import Attention, choose_attention, install
 from ekiden.modeling.build import blocks, body, hidden_states
 from ekiden.modeling.device import Precision
 from ekiden.modeling.fp16 import protect_from_overflow
@@ -23,13 +24,16 @@ def prepare_model(
     device: torch.device,
     precision: Precision,
     sharded: bool = False,
+    attention: Attention | None = None,
 ) -> bool:
     """Make `model` ready as the settings say; return whether its decoder is compiled.
 
     Args:
         sharded: the weights will be divided among ranks, so that blocks are compiled one by one, if asked for, and
             untried: they have no weights on the device yet.
+        attention: as it is; None: chosen by trying.
     """
+    install(model, attention or choose_attention(config, device, precision))
     if precision.dtype == torch.float16:
         protect_from_overflow(model)
     if config.activation_checkpointing:

@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from ekiden.config import TrainConfig
+from ekiden.modeling.attention import planned_attention
 from ekiden.modeling.build import build_model, parameter_counts
 from ekiden.modeling.device import Precision
 from ekiden.modeling.prepare import prepare_model
@@ -126,7 +127,9 @@ def traced_peak(config: TrainConfig, vocab_size: int, precision: Precision, micr
         torch.use_deterministic_algorithms(False)  # its fills of new memory are no part of a step's work
         with FakeTensorMode(allow_non_fake_inputs=True):
             materialise(model)
-            prepare_model(model, dataclasses.replace(config, compile="off"), torch.device("cpu"), precision)
+            eager = dataclasses.replace(config, compile="off")
+            attention = planned_attention(config)
+            prepare_model(model, eager, torch.device("cpu"), precision, attention=attention)
             optimizer = build_optimizer(model, config)
             watch_parts(model, optimizer, ledger, config.cpu_offload)
             step_module.fault_hook = lambda _index, phase: setattr(ledger, "phase", phase)
