@@ -14,6 +14,7 @@ from campaign import outcome
 
 from ekiden.config import TrainConfig, build_config
 from ekiden.modeling import prepare as prepare_module
+from ekiden.modeling.attention import MATH, Attention
 from ekiden.modeling.build import build_model
 from ekiden.modeling.device import named_precision
 from ekiden.modeling.prepare import checkpoint_activations, prepare_model
@@ -48,6 +49,8 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, calls: int) -> None:
         {"cpu_offload": True},
         {"cpu_offload": True, "optimizer_moments": "8bit", "activation_checkpointing": True},
         {"optimizer_moments": "bf16", "optimizer": "muon"},
+        {"sliding_window": 10, "activation_checkpointing": True},
+        pytest.param({"compile": "on", "sliding_window": 10}, marks=pytest.mark.slow),
         pytest.param({"compile": "on", "activation_checkpointing": True}, marks=pytest.mark.slow),
     ],
     ids=lambda options: " ".join(f"{k}={v}" for k, v in options.items()),
@@ -64,6 +67,20 @@ def test_resume_is_bit_identical(
     monkeypatch.setattr(step_module, "fault_hook", None)
     assert train(settings(5, **more)).status == "completed"
     assert outcome(tmp_path / "run") == outcome(tmp_path / "reference")
+
+
+def plain_arithmetic(config: TrainConfig, *_: Any) -> Attention:
+    return Attention(MATH, MATH, config.sliding_window)
+
+
+def test_another_kernel_is_said_on_resume(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(settings(3))
+    assert "flash attention" in capsys.readouterr().err
+    monkeypatch.setattr(prepare_module, "choose_attention", plain_arithmetic)
+    train(settings(4))
+    assert "sums may differ in the last bits (attention was flash, is math)" in capsys.readouterr().err
 
 
 def gradients(config: TrainConfig, checkpointed: bool) -> tuple[torch.Tensor, list[torch.Tensor | None]]:

@@ -180,8 +180,8 @@ def _forward(
     if ekiden_masks is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **others)
     attention: Attention = module.attention
-    window = sliding_window if sliding_window is not None and query.shape[2] > sliding_window else None
-    if window is None:
+    window = attention.window
+    if sliding_window is None or window is None or query.shape[2] <= window:
         return _attend(attention, query, key, value, ekiden_masks["full"], scaling).transpose(1, 2), None
     first = ekiden_masks["first"]
     rest = ekiden_masks["rest"]
@@ -272,6 +272,12 @@ def install(model: PreTrainedModel, attention: Attention) -> None:
     model.config._attn_implementation = NAME
     for module in [model, *(m for m in model.modules() if type(m).__name__.endswith("Attention"))]:
         module.attention = attention  # type: ignore[assignment]
+
+
+def attention_name(model: nn.Module) -> str:
+    """Return what `model` attends with, in words; an environment's fact, since sums differ from kernel to kernel."""
+    attention: Attention | None = getattr(model, "attention", None)
+    return "transformers'" if attention is None else attention.describe()
 
 
 # -- the choice -------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from ekiden.checkpoint.mirror import Mirror
 from ekiden.checkpoint.store import CheckpointStore
 from ekiden.config import TrainConfig, field_types
 from ekiden.errors import UserError
+from ekiden.modeling.attention import attention_name
 from ekiden.modeling.build import build_model, parameter_counts
 from ekiden.modeling.device import (
     Precision,
@@ -89,7 +90,7 @@ def prepare(config: TrainConfig, run: RunDirectory, ranks: Ranks | None = None) 
     identity["run_id"] = ranks.from_main(
         (saved["identity"].get("run_id") if saved else None) or uuid.uuid4().hex
     )
-    facts = environment(device, precision, threads, compiled)
+    facts = environment(device, precision, threads, compiled) | {"attention": attention_name(model)}
     facts |= sums_of(config, ranks, sharded) | memory_savers(config)
     optimizer = build_optimizer(model, config)
     scaler = torch.amp.GradScaler(device.type) if precision.use_scaler else None
@@ -340,7 +341,8 @@ def describe(
     notes: dict[str, Any] = {"environment": now, "pid": os.getpid(), "max_steps": max_steps}
     say(
         f"{config.preset}: {human_count(blocks)} parameters in blocks + {human_count(embedding)} in the embedding; "
-        f"{now['device']}, {now['precision']}; {max_steps} steps of {counters.global_batch} x {config.max_length} tokens"
+        f"{now['device']}, {now['precision']}, {now['attention']} attention; "
+        f"{max_steps} steps of {counters.global_batch} x {config.max_length} tokens"
     )
     if saved is None:
         say("\n".join(describe_recipe(config)))
