@@ -17,7 +17,7 @@ from typing import Any
 from ekiden.errors import UserError
 from ekiden.optional import check_installed
 from ekiden.progress import say
-from ekiden.report.page import asset, plotly_script
+from ekiden.report.page import asset, packed_plotly
 from ekiden.report.playground import Playground
 from ekiden.report.reading import RunReader
 
@@ -100,7 +100,6 @@ def build_app(paths: list[str], hosts: list[str], device: str = "cpu") -> Any:
     from starlette.routing import Route
 
     pages = Pages([LiveRun(path) for path in find_runs(paths)], Playground(device))
-    plotly_script()
     routes = [
         Route("/", pages.index),
         Route("/assets/{name}", pages.assets),
@@ -124,11 +123,12 @@ class Pages:
         return HTMLResponse(page, headers=SECURITY_HEADERS)
 
     async def assets(self, request: Any) -> Any:
-        from starlette.responses import FileResponse, Response
+        from starlette.responses import Response
 
         name = request.path_params["name"]
-        if name == "plotly.min.js":
-            return FileResponse(plotly_script(), media_type="text/javascript")
+        if name == "plotly-basic.min.js":  # every browser takes gzip
+            packed = {**SECURITY_HEADERS, "Content-Encoding": "gzip"}
+            return Response(packed_plotly(), media_type="text/javascript", headers=packed)
         if name not in ASSETS:
             return Response(status_code=404, headers=SECURITY_HEADERS)
         return Response(asset(name), media_type=ASSETS[name], headers=SECURITY_HEADERS)

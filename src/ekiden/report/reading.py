@@ -96,6 +96,8 @@ class RunReader:
             "max_steps": self.sessions.max_steps,
             "tokens": _last(self.train["tokens"]),
             "loss": _last(self.train["loss"]),
+            "records": len(self.train["step"]),
+            "points": points,
             "preset": config.get("preset", ""),
             "model": self.sessions.model,
             "curves": self._curves(points),

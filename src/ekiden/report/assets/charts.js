@@ -61,8 +61,8 @@ window.ekiden = (() => {
     box.hidden = list.length === 0;
     if (!list.length) return;
     const legend = list.length > 1;
-    Plotly.react(`plot-${chart.id}`, list, layout({
-      showlegend: legend, legend: { orientation: "h", y: -.16, yanchor: "top", font: { size: 11 } },
+    const ready = Plotly.react(`plot-${chart.id}`, list, layout({
+      showlegend: legend, legend: { orientation: "h", y: chart.wide ? -.14 : -.2, yanchor: "top", font: { size: 11 } },
       margin: { l: 52, r: 14, t: 8, b: legend ? 56 : 36 }, shapes: shapes(), uirevision: runs.map(r => r.name).join(),
       xaxis: { title: { text: "step", font: { size: 11 }, standoff: 4 } },
       yaxis: { type: chart.log ? "log" : "linear", rangemode: chart.zero ? "tozero" : "normal", tickformat: chart.percent ? ".0%" : "",
@@ -70,7 +70,7 @@ window.ekiden = (() => {
       yaxis2: { overlaying: "y", range: [0, 1], visible: false, fixedrange: true },
     }), options);
     drawn.add(chart.id);
-    document.documentElement.dataset.drawn ||= String(Math.round(performance.now()));
+    ready.then(() => requestAnimationFrame(() => { document.documentElement.dataset.drawn ||= String(Math.round(performance.now())); }));
   }
 
   const BARS = { "mixture-chart": mixtureBars, "time-chart": timeBars };
@@ -113,7 +113,13 @@ window.ekiden = (() => {
     }
     document.getElementById("mixture-section").hidden = runs.length !== 1 || !runs[0].mixture.length;
     for (const id of Object.keys(BARS)) if (drawn.has(id)) BARS[id]();
-    if (window.ekidenTables) window.ekidenTables(runs);
+    widen();
+  }
+
+  // An odd chart at the end takes both columns instead of leaving a hole.
+  function widen() {
+    const shown = CHARTS.filter(c => !c.wide).map(c => document.getElementById(`chart-${c.id}`)).filter(box => !box.hidden);
+    shown.forEach((box, i) => box.classList.toggle("last", shown.length % 2 === 1 && i === shown.length - 1));
   }
 
   const bar = (name, y, x, i, more) => ({ type: "bar", orientation: "h", name, y, x, marker: { color: colour(i) }, ...more });
@@ -140,12 +146,14 @@ window.ekiden = (() => {
     const seconds = (s, kind) => s.seconds[kind] || 0;
     const rest = shown.map(([s]) => Math.max(0, (s.seconds.total || s.ended - s.began) - kinds.reduce((sum, k) => sum + seconds(s, k), 0)));
     const away = run ? shown.map(([s], i) => i + 1 < shown.length ? Math.max(0, shown[i + 1][0].began - s.ended) : 0) : [];
-    const hover = { hovertemplate: "%{y}: %{x:.1f} s" };
-    const list = kinds.map((kind, i) => bar(kind, labels, shown.map(([s]) => seconds(s, kind)), [3, 0, 2, 4, 1][i], hover));
-    list.push(bar("other or not recorded", labels, rest, 7, hover));
-    if (away.some(v => v > 0)) list.push(bar("waiting for the next session", labels, away, 5, { ...hover, visible: "legendonly" }));
+    const longest = Math.max(...shown.map(([s]) => s.seconds.total || s.ended - s.began), 0);
+    const [unit, size] = longest > 7200 ? ["hours", 3600] : longest > 300 ? ["minutes", 60] : ["seconds", 1];
+    const hover = { hovertemplate: `%{y}: %{x:.2f} ${unit}` }, scaled = list => list.map(v => v / size);
+    const list = kinds.map((kind, i) => bar(kind, labels, scaled(shown.map(([s]) => seconds(s, kind))), [3, 0, 2, 4, 1][i], hover));
+    list.push(bar("other or not recorded", labels, scaled(rest), 7, hover));
+    if (away.some(v => v > 0)) list.push(bar("waiting for the next session", labels, scaled(away), 5, { ...hover, visible: "legendonly" }));
     Plotly.react("time-chart", list, barLayout("time-chart", shown.length, 30,
-      { barmode: "stack", xaxis: { title: { text: "seconds", font: { size: 11 }, standoff: 4 }, rangemode: "tozero" } }), options);
+      { barmode: "stack", xaxis: { title: { text: unit, font: { size: 11 }, standoff: 4 }, rangemode: "tozero" } }), options);
   }
 
   const again = () => { if (runs.length) show(runs); };

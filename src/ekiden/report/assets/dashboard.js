@@ -18,7 +18,7 @@
   }
   function show() {
     const runs = data.filter((d, i) => d && chosen.has(i));
-    if (runs.length) window.ekiden.show(runs);
+    if (runs.length) { window.ekidenTables(runs); window.ekiden.show(runs); }
     checkpoints();
   }
 

@@ -5,6 +5,7 @@ window.ekidenTables = (() => {
   const number = (v, digits = 4) => v === null || v === undefined ? "–" : Number(v).toLocaleString("en", { maximumSignificantDigits: digits });
   const whole = v => v === null || v === undefined ? "–" : Math.round(v).toLocaleString("en");
   const bytes = v => v >= 1e9 ? `${number(v / 1e9, 3)} GB` : `${number(v / 1e6, 3)} MB`;
+  const short = v => v === null || v === undefined || v < 1e6 ? whole(v) : v < 1e9 ? `${number(v / 1e6, 3)} M` : `${number(v / 1e9, 3)} B`;
   const percent = v => `${(100 * v).toFixed(1)} %`;
   const when = v => v ? new Date(v * 1000).toISOString().slice(0, 19).replace("T", " ") : "–";
   function duration(s) {
@@ -39,11 +40,11 @@ window.ekidenTables = (() => {
     const last = Object.entries(run.evaluation.loss).map(([l, c]) => [l, c.y[c.y.length - 1]]);
     const mean = last.find(([l]) => l === "mean of languages") || last[0];
     const speed = run.curves.tokens_per_second, interrupted = run.marks.filter(m => m.kind === "interruption").length;
-    const list = [["step", whole(run.step), run.max_steps ? `of ${whole(run.max_steps)}` : ""], ["tokens", number(run.tokens, 3), ""],
+    const list = [["step", whole(run.step), run.max_steps ? `of ${whole(run.max_steps)}` : ""], ["tokens", short(run.tokens), ""],
       ["training loss", number(run.loss), ""], ["validation loss", mean ? number(mean[1]) : "–", mean ? mean[0] : ""],
-      ["speed", speed ? number(speed.y[speed.y.length - 1], 3) : "–", "tokens/s"], ["sessions", whole(run.sessions.length), `${interrupted} interruptions`],
+      ["speed", speed ? number(speed.y[speed.y.length - 1], 3) : "–", "tokens/s"], ["sessions", whole(run.sessions.length), interrupted === 1 ? "1 interruption" : `${interrupted} interruptions`],
       ["time in sessions", duration(seconds), ""],
-      ["parameters", run.model.parameters_in_blocks ? number((run.model.parameters_in_blocks + run.model.parameters_in_embedding) / 1e6, 3) + " M" : "–", run.preset]];
+      ["parameters", run.model.parameters_in_blocks ? short(run.model.parameters_in_blocks + run.model.parameters_in_embedding) : "–", run.preset]];
     get("cards").replaceChildren(...list.map(([name, value, small]) => {
       const box = element("div"), dd = element("dd", value + " ");
       if (small) dd.append(element("small", small));
@@ -105,6 +106,8 @@ window.ekidenTables = (() => {
     get("title").textContent = title;
     get("status").textContent = one ? run.status : runs.map(r => `${r.name}: ${r.status}`).join(" · ");
     const labelled = (list, name) => runs.flatMap(r => r[list].map((row, i) => ({ ...row, label: one ? name(row, i) : `${r.name} ${name(row, i)}` })));
+    get("shortened").hidden = !runs.some(r => r.records > r.points);
+    get("shortened").textContent = `Curves of more than ${whole(run.points)} records (here ${whole(Math.max(...runs.map(r => r.records)))}) show the lowest and the highest value of each of about ${whole(run.points / 2)} equal pieces: no spike is lost.`;
     cards(run);
     samples(run);
     table("mixture", [["language", m => m.language], ["training tokens", m => whole(m.tokens), "number"], ["planned", m => percent(m.planned), "number"], ["seen", m => percent(m.seen), "number"],
