@@ -11,7 +11,6 @@ import os
 import shutil
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,35 +24,21 @@ from ekiden.training.history import History, read_history
 sys.path.insert(0, str(Path(__file__).parents[1] / "faults"))
 sys.path.insert(0, str(Path(__file__).parent))
 import campaign
+
+pytest.importorskip("starlette")
+pytest.importorskip("selenium")
+from browsing import DESKTOP, PHONE, open_page, picture, points, start_browser, wait
 from histories import write_run
 
-pytest.importorskip("plotly")
-pytest.importorskip("starlette")
-webdriver = pytest.importorskip("selenium.webdriver")
 STEPS = 24
-PHONE, DESKTOP = (390, 844), (1280, 900)
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     """Yield a headless Chromium that records its console and every request."""
-    driver = shutil.which("chromedriver")
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
-    if not driver or not chromium:
+    opened = start_browser()
+    if opened is None:
         pytest.skip("no chromium with its driver; apt-get install chromium chromium-driver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for argument in (
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-dev-shm-usage",
-        "--hide-scrollbars",
-    ):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    opened = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    opened.set_page_load_timeout(60)
     yield opened
     opened.quit()
 
@@ -96,39 +81,6 @@ def serve() -> Iterator[Callable[..., str]]:
         thread.join(10)
 
 
-def wait(condition: Callable[[], Any], seconds: float = 60) -> Any:
-    """Return the first true value of `condition`."""
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < deadline, "it never came"
-        time.sleep(0.05)
-    return value
-
-
-def open_page(browser: Any, address: str, size: tuple[int, int], dark: bool = False) -> None:
-    """Open `address` at a width, scrolled through once so that every curve is drawn."""
-    scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": scheme})
-    metrics = {"width": size[0], "height": size[1], "deviceScaleFactor": 1, "mobile": size == PHONE}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-    browser.get_log("browser"), browser.get_log("performance")
-    browser.get(address)
-    wait(lambda: browser.execute_script("return !!document.querySelector('#plot-loss .main-svg')"))
-    for position in range(0, 8000, 400):
-        browser.execute_script(f"window.scrollTo(0, {position})")
-        time.sleep(0.03)
-    wait(lambda: points(browser, "rate"))
-    browser.execute_script("window.scrollTo(0, 0)")
-
-
-def points(browser: Any, chart: str) -> list[int]:
-    """Return how many points each curve of a chart has."""
-    script = (
-        f"const plot = document.getElementById('plot-{chart}'); return (plot.data || []).map(t => t.x.length)"
-    )
-    return browser.execute_script(script)
-
-
 def check_silence(browser: Any) -> None:
     """Assert that the console is empty and that nothing was asked of another machine."""
     assert [entry for entry in browser.get_log("browser") if entry["level"] != "DEBUG"] == []
@@ -145,12 +97,7 @@ def keep(browser: Any, name: str) -> None:
     """Keep a picture of the whole page where the user asked for pictures; no page is wider than the screen."""
     assert browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
     if folder := os.environ.get("EKIDEN_SCREENSHOTS"):
-        import base64
-
-        shot = browser.execute_cdp_cmd(
-            "Page.captureScreenshot", {"format": "png", "captureBeyondViewport": True}
-        )
-        (Path(folder) / f"{name}.png").write_bytes(base64.b64decode(shot["data"]))
+        picture(browser, Path(folder) / f"{name}.png")
 
 
 def losses(run: Path, kind: str = "train") -> int:

@@ -14,7 +14,6 @@ from ekiden.report.dashboard import build_app, find_runs
 sys.path.insert(0, str(Path(__file__).parent))
 from histories import write_run
 
-pytest.importorskip("plotly")
 pytest.importorskip("httpx")
 testclient = pytest.importorskip("starlette.testclient")
 
