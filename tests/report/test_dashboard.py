@@ -66,9 +66,33 @@ def test_a_prompt_for_nothing_is_a_sentence(client: Any, asked: Any) -> None:
     assert "choose another" in answer.text or "no prompt for one of these runs" in answer.text
 
 
-def test_folders_of_runs_are_found_and_others_told(tmp_path: Path) -> None:
+def test_a_live_a_broken_and_a_vanishing_run_are_shown_side_by_side(tmp_path: Path) -> None:
+    write_run(tmp_path / "live", 10)
+    for name, text in (
+        ("empty", b""),
+        ("noise", bytes(range(256)) * 40),
+        ("wrong", b'[1]\n{"kind": "event"}\n{}\n'),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "history.jsonl").write_bytes(text)
+    (tmp_path / "wrong" / "config.yaml").write_text("a: [")
+    (tmp_path / "wrong" / "result.json").write_text("{")
+    (tmp_path / "noise" / "checkpoints").write_text("a file")
+    client = testclient.TestClient(build_app([str(tmp_path)], ["127.0.0.1"]), base_url="http://127.0.0.1")
+    assert client.get("/api/runs").json() == ["empty", "live", "noise", "wrong"]
+    answers = [client.get(f"/api/runs/{number}").json() for number in range(4)]
+    assert [answer["step"] for answer in answers] == [0, 10, 0, 0]
+    (tmp_path / "live" / "history.jsonl").unlink()
+    assert client.get("/api/runs/1").json()["step"] == 10  # what was seen stays
+
+
+def test_folders_of_runs_are_found_and_others_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name in ("b", "a"):
         write_run(tmp_path / "runs" / name, 5)
     assert [p.name for p in find_runs([str(tmp_path / "runs"), str(tmp_path / "runs" / "a")])] == ["a", "b"]
+    some = find_runs([str(tmp_path / "runs" / "b"), str(tmp_path)[:-1] + "nothing"])
+    assert [p.name for p in some] == ["b"] and "nothing holds no run" in capsys.readouterr().err
     with pytest.raises(UserError, match="holds no run"):
         find_runs([str(tmp_path / "runs" / "a" / "nothing")])

@@ -61,24 +61,25 @@ class LiveRun:
 
 
 def find_runs(paths: list[str]) -> list[Path]:
-    """Return the run directories that `paths` mean: themselves, or the ones in them.
+    """Return the run directories that `paths` mean: themselves, or the ones in them; say which hold none.
 
     Raises:
-        UserError: a path holds none.
+        UserError: none of the paths holds one.
     """
     found: list[Path] = []
+    empty: list[str] = []
     for text in paths:
         path = Path(text)
-        inside = (
-            [path]
-            if (path / "history.jsonl").is_file()
-            else sorted(p.parent for p in path.glob("*/history.jsonl"))
-        )
+        alone = (path / "history.jsonl").is_file()
+        inside = [path] if alone else sorted(p.parent for p in path.glob("*/history.jsonl"))
         if not inside:
-            raise UserError(
-                f"{path} holds no run (no history.jsonl in it or one folder below); give an --output-dir"
-            )
+            empty.append(text)
         found += [run for run in inside if run.resolve() not in [other.resolve() for other in found]]
+    why = "no history.jsonl in it or one folder below"
+    if not found:
+        raise UserError(f"{', '.join(empty)} holds no run ({why}); give an --output-dir")
+    for text in empty:
+        say(f"{text} holds no run ({why}) and is left out")
     return found
 
 

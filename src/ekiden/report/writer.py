@@ -9,8 +9,10 @@ from __future__ import annotations
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from ekiden.checkpoint.background import BackgroundWorker
+from ekiden.errors import UserError
 from ekiden.progress import say
 from ekiden.report.page import compressed_plotly, write_page
 from ekiden.report.picture import write_picture
@@ -63,7 +65,7 @@ class ReportWriter:
             data = self._reader.data()
             write_page(data, self.run / "report.html")
             if last:
-                write_picture(data, self.run / "loss.png")
+                self._write_picture(data)
         except Exception as error:  # a report never stops training
             self._failed = True
             say(
@@ -71,3 +73,9 @@ class ReportWriter:
             )
         self._written = time.monotonic()
         self._seconds = self._written - began
+
+    def _write_picture(self, data: dict[str, Any]) -> None:
+        try:
+            write_picture(data, self.run / "loss.png")
+        except UserError as error:  # matplotlib is missing; the page stands without it
+            say(f"loss.png is left out: {error}")
