@@ -119,7 +119,8 @@ def test_weights_that_are_not_the_configs(run, tmp_path, capfd):
     folder = tmp_path / "other"
     shutil.copytree(run / "best", folder)
     (folder / "MANIFEST.json").unlink()
-    weights = load_file(folder / "model.safetensors")
+    # Copies: what is loaded may be the mapped file, which is written over below.
+    weights = {name: tensor.clone() for name, tensor in load_file(folder / "model.safetensors").items()}
     missing = {name: tensor for name, tensor in weights.items() if "layers.2.mlp.up_proj" not in name}
     save_file(missing, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"missing keys: model.layers.2.mlp.up_proj.weight"):
