@@ -19,7 +19,15 @@ from contextlib import contextmanager
 from io import BytesIO
 from typing import Any
 
-from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
+import pytest
+
+pytest.importorskip("moto.moto_server.werkzeug_app", reason="needs moto: pip install 'ekiden[dev]'")
+
+from moto.moto_server.werkzeug_app import (
+    DomainDispatcherApplication,
+    MotoRequestHandler,
+    create_backend_app,
+)
 from werkzeug.serving import make_server
 from werkzeug.wrappers import Request, Response
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -496,10 +497,13 @@ def test_a_folder_in_the_way_is_not_overwritten(folder_run: MirroredRun, tmp_pat
         ("hf://name", UsageError, "give hf://OWNER/REPO"),
         ("hf://owner/../x", UsageError, "give hf://OWNER/REPO"),
         ("hf://owner/repo", UserError, "set HF_TOKEN or run `hf auth login`"),
-        (
+        pytest.param(
             "s3://bucket/x",
             UserError,
             "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or run `aws configure`",
+            marks=pytest.mark.skipif(
+                importlib.util.find_spec("s3fs") is None, reason="needs s3fs: pip install 'ekiden[s3]'"
+            ),
         ),
         ("adl://x/y", UserError, "run `pip install 'adlfs'`"),
     ],
@@ -507,8 +511,6 @@ def test_a_folder_in_the_way_is_not_overwritten(folder_run: MirroredRun, tmp_pat
 def test_a_url_that_cannot_be_a_mirror(
     url: str, kind: type[UserError], sentence: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import importlib.util
-
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "adlfs" else real(name))
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)

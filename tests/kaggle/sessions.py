@@ -153,9 +153,10 @@ class Session:
         listing = "".join(f"GPU {i}: Tesla T4 (UUID: GPU-{i})\\n" for i in range(self.faults.gpus))
         (tools / "nvidia-smi").write_text(f"#!/bin/sh\nprintf '{listing}'\n")
         (tools / "nvidia-smi").chmod(0o755)
-        kept = {name: os.environ[name] for name in ("HOME", "LANG", "TMPDIR") if name in os.environ}
+        kept = {name: os.environ[name] for name in ("HOME", "LANG") if name in os.environ}
         return kept | {
             "PATH": f"{tools}:{os.environ['PATH']}",
+            "TMPDIR": str(self.folder / "tmp"),
             "EKIDEN_KAGGLE_ROOT": str(self.folder),
             "KAGGLE_KERNEL_RUN_TYPE": "Batch",
             "OMP_NUM_THREADS": "1",

@@ -18,7 +18,7 @@ from sessions import Zygote
 
 from ekiden.cli import cli
 from ekiden.errors import UsageError, UserError
-from ekiden.kaggle import interactive, leg
+from ekiden.kaggle import interactive, session
 from ekiden.kaggle.launcher import packed_package
 from ekiden.kaggle.notebook import write_notebook
 
@@ -105,7 +105,7 @@ def kaggle_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zygote: Zygote)
     """Return a /kaggle of this test, in which training is forked."""
     (tmp_path / "working").mkdir()
     (tmp_path / "input").mkdir()
-    monkeypatch.setattr(leg, "ROOT", tmp_path)
+    monkeypatch.setattr(session, "ROOT", tmp_path)
     monkeypatch.setattr(sys, "executable", str(zygote.python))
     return tmp_path
 

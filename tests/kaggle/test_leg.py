@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from campaign import Outcome, outcome
 from sessions import Faults, Session, Zygote
 
 from ekiden.config import preset_names
-from ekiden.kaggle import leg
+from ekiden.kaggle import inputs, leg
+from ekiden.kaggle.inputs import PACK_MANIFEST
 from ekiden.kaggle.launcher import MAX_BYTES, packed_package, render
-from ekiden.kaggle.leg import PACK_MANIFEST
+from ekiden.kaggle.session import Ended
 from ekiden.training.history import read_history
 
+ROOT = Path(__file__).parents[2]
 LegSettings = dict[str, Any]
 
 
@@ -95,14 +102,45 @@ def test_two_legs_are_one_run(
 
 
 def test_the_package_that_travels_is_whole(tmp_path: Path) -> None:
-    folder = leg.install_package(tmp_path, packed_package())
+    zipfile.ZipFile(io.BytesIO(base64.b85decode(packed_package()))).extractall(tmp_path / "package")
     source = "import ekiden.config as c; print(c.__file__, *c.preset_names())"
-    environment = {**os.environ, "PYTHONPATH": str(folder)}
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "package")}
     done = subprocess.run(
         [sys.executable, "-c", source], env=environment, capture_output=True, text=True, check=True
     )
     assert done.stdout.split() == [str(tmp_path / "package" / "ekiden" / "config.py"), *preset_names()]
     assert len(render({}).encode()) < MAX_BYTES
+
+
+def test_a_leg_begins_with_the_standard_library_alone() -> None:
+    """It installs what the image lacks, so it must not need it before."""
+    source = f"import sys; sys.path.insert(0, {str(ROOT / 'src')!r}); import ekiden.kaggle.leg"
+    subprocess.run([sys.executable, "-S", "-E", "-c", source], check=True)
+
+
+def test_a_leg_whose_package_is_damaged_leaves_a_verdict(tmp_path: Path) -> None:
+    source = render({"leg": 3, "nonce": "n3"})
+    begin = source.index("PACKAGE = '") + len("PACKAGE = '")
+    damaged = Session(tmp_path / "session", source[:begin] + "00000" + source[begin + 5 :], {})
+    assert damaged.run() == ("COMPLETE", "")
+    verdict = damaged.verdict()
+    assert (verdict["status"], verdict["leg"], verdict["nonce"]) == ("failed", 3, "n3")
+    assert "BadZipFile" in str(verdict["reason"])
+
+
+def test_training_that_does_not_stop_is_killed_with_its_ranks(tmp_path: Path) -> None:
+    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+    child = f"{deaf}print('ready', flush=True); time.sleep(60)"
+    parent = (
+        f"{deaf}import subprocess, sys; "
+        f"rank = subprocess.Popen([sys.executable, '-c', {child!r}], start_new_session=True, stdout=subprocess.PIPE); "
+        "rank.stdout.readline(); print(rank.pid, flush=True); rank.wait()"
+    )
+    process = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE)
+    assert process.stdout
+    rank = psutil.Process(int(process.stdout.readline()))
+    assert leg.wait(process, 0.0, 0.1) == -signal.SIGKILL
+    assert not rank.is_running() or rank.wait(5) is None
 
 
 @pytest.mark.slow
@@ -187,13 +225,13 @@ def size_of(folder: Path) -> int:
 @pytest.mark.slow
 def test_a_leg_stays_within_the_output_limit(settings: LegSettings, go: Callable[..., Session]) -> None:
     free = go(settings)
-    checkpoints = leg.checkpoints_of(free.working / "run")
+    checkpoints = inputs.checkpoints_of(free.working / "run")
     limit = size_of(free.working) - size_of(checkpoints[0]) // 2
     assert len(checkpoints) == 4
     assert go(settings, output_limit=limit).status == ("ERROR", "Output exceeds the limit.")
     within = go({**settings, "output_bytes": limit}, output_limit=limit)
     assert within.status == ("COMPLETE", "") and within.verdict()["status"] == "completed"
-    assert 2 <= len(leg.checkpoints_of(within.working / "run")) < 4
+    assert 2 <= len(inputs.checkpoints_of(within.working / "run")) < 4
 
 
 def test_checkpoints_beyond_the_output_limit_are_given_up(tmp_path: Path) -> None:
@@ -211,9 +249,9 @@ def test_checkpoints_beyond_the_output_limit_are_given_up(tmp_path: Path) -> Non
 def test_a_pack_is_the_folder_again(packed: dict[str, Path], shards: Path, tmp_path: Path) -> None:
     for number, path in enumerate(packed.values()):
         shutil.copytree(path, tmp_path / "input" / "deeper" / str(number))
-    manifest, chunks = leg.find_pack(tmp_path, [], "")
+    manifest, chunks = inputs.find_pack(tmp_path, [], "")
     assert manifest["parts"] == 2 and len(chunks) == 4
-    leg.unpack(manifest, chunks, tmp_path / "out")
+    inputs.unpack(manifest, chunks, tmp_path / "out")
     for path in shards.rglob("*"):
         if path.is_file() and not path.name.startswith("."):
             assert (tmp_path / "out" / path.relative_to(shards)).read_bytes() == path.read_bytes()
@@ -221,11 +259,11 @@ def test_a_pack_is_the_folder_again(packed: dict[str, Path], shards: Path, tmp_p
     data = bytearray(chunks[name].read_bytes())
     data[3] ^= 1
     chunks[name].write_bytes(data)
-    with pytest.raises(leg.Ended, match="damaged"):
-        leg.unpack(manifest, chunks, tmp_path / "again")
+    with pytest.raises(Ended, match="damaged"):
+        inputs.unpack(manifest, chunks, tmp_path / "again")
     manifest["files"][0]["path"] = "../out"
-    with pytest.raises(leg.Ended, match="not a path below the pack"):
-        leg.unpack(manifest, chunks, tmp_path / "again")
+    with pytest.raises(Ended, match="not a path below the pack"):
+        inputs.unpack(manifest, chunks, tmp_path / "again")
     chunks[name].unlink()
-    with pytest.raises(leg.Ended, match=f"{name} of the corpus tiny-corpus is not among the inputs"):
-        leg.find_pack(tmp_path, [], "")
+    with pytest.raises(Ended, match=f"{name} of the corpus tiny-corpus is not among the inputs"):
+        inputs.find_pack(tmp_path, [], "")

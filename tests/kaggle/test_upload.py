@@ -9,7 +9,7 @@ from stand_in import TOKEN, HttpFault, StandIn
 
 from ekiden.cli import cli
 from ekiden.errors import UsageError, UserError
-from ekiden.kaggle import leg
+from ekiden.kaggle import inputs
 from ekiden.kaggle.client import Kaggle, KaggleError
 from ekiden.kaggle.upload import fingerprint_of, upload
 
@@ -44,8 +44,8 @@ def content(stand_in: StandIn, refs: list[str], target: Path) -> dict[str, bytes
         mount = target / "input" / "datasets" / ref
         mount.parent.mkdir(parents=True, exist_ok=True)
         mount.symlink_to(stand_in.datasets[ref][-1])
-    manifest, chunks = leg.find_pack(target, refs, "")
-    leg.unpack(manifest, chunks, target / "out")
+    manifest, chunks = inputs.find_pack(target, refs, "")
+    inputs.unpack(manifest, chunks, target / "out")
     found = (target / "out").rglob("*")
     return {str(path.relative_to(target / "out")): path.read_bytes() for path in found if path.is_file()}
 

@@ -28,6 +28,7 @@ BLOCK_BYTES = 8 << 20
 MAX_RETRIES, MAX_WAIT = 20, 30.0
 """Retries of one range and seconds between two at most: about 8 minutes until a dead network ends a build."""
 
+PASSING_CODES = (408, 429, 500, 502, 503, 504)
 TIMEOUT = 30.0
 _PLANNING_RETRIES = 5
 _SPLITS = {
@@ -229,7 +230,7 @@ def _ask(address: Address, call: Callable[[], T]) -> T:
 def _passing(error: Exception) -> bool:
     """Return whether waiting may mend it."""
     status = getattr(getattr(error, "response", None), "status_code", None)
-    return isinstance(error, _http().TransportError) or status in (408, 429, 500, 502, 503, 504)
+    return isinstance(error, _http().TransportError) or status in PASSING_CODES
 
 
 def _http() -> Any:
@@ -350,12 +351,16 @@ class HubFile(io.RawIOBase):
         """
         from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
 
+        http = _http()
         try:
             response = http_backoff(
                 "GET",
                 self._url,
                 max_retries=MAX_RETRIES,
                 max_wait_time=MAX_WAIT,
+                # Named, for the hub client's own choice before 2.0 gives up when a connection breaks off in the middle.
+                retry_on_exceptions=(http.TimeoutException, http.NetworkError, http.RemoteProtocolError),
+                retry_on_status_codes=PASSING_CODES,
                 headers={
                     **build_hf_headers(),
                     "Range": f"bytes={start}-{end - 1}",

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ekiden.errors import UserError
-from ekiden.kaggle import leg
+from ekiden.kaggle import inputs, leg, session
 from ekiden.progress import human_count, human_duration
 from ekiden.training.history import read_history
 
@@ -36,13 +36,13 @@ def find_dataset(corpus: Iterable[str] = (), vocab_size: int = 16_000) -> Path:
     Raises:
         UserError: there is none.
     """
-    scratch = leg.scratch_folder(leg.ROOT)
-    for folder in leg.folders_holding(leg.ROOT, "dataset.json"):
+    scratch = session.scratch_folder(session.ROOT)
+    for folder in inputs.folders_holding(session.ROOT, "dataset.json"):
         return folder
     try:
-        manifest, chunks = leg.find_pack(leg.ROOT, [ref for ref in corpus if ref], "")
-        dataset = leg.unpack(manifest, chunks, scratch / "corpus")
-    except leg.Ended as end:
+        manifest, chunks = inputs.find_pack(session.ROOT, [ref for ref in corpus if ref], "")
+        dataset = inputs.unpack(manifest, chunks, scratch / "corpus")
+    except session.Ended as end:
         raise UserError(
             f"{end.args[1]}; add the datasets that `ekiden kaggle corpus upload` printed as inputs"
         ) from None
@@ -56,20 +56,20 @@ def find_dataset(corpus: Iterable[str] = (), vocab_size: int = 16_000) -> Path:
 
 def take_up() -> Path:
     """Carry the furthest run among the inputs (an earlier version's output) forward; return the run directory."""
-    run = leg.ROOT / "working" / "run"
-    earlier = [folder / "run" for folder in leg.folders_holding(leg.ROOT, "run")]
-    earlier = [path for path in earlier if leg.checkpoints_of(path)]
-    if leg.checkpoints_of(run):
+    run = session.ROOT / "working" / "run"
+    earlier = [folder / "run" for folder in inputs.folders_holding(session.ROOT, "run")]
+    earlier = [path for path in earlier if inputs.checkpoints_of(path)]
+    if inputs.checkpoints_of(run):
         print(f"going on in {run}")
     elif not earlier:
         print("no earlier run among the inputs: this is the beginning")
     else:
-        source = max(earlier, key=lambda path: leg.identity(leg.checkpoints_of(path)[0])["step"])
-        if not leg.carry_forward(source, run):
+        source = max(earlier, key=lambda path: inputs.identity(inputs.checkpoints_of(path)[0])["step"])
+        if not inputs.carry_forward(source, run):
             raise UserError(
                 f"no checkpoint in {source} is what was saved; add another version's output as input"
             )
-        print(f"going on from {source} at step {leg.identity(leg.checkpoints_of(run)[0])['step']}")
+        print(f"going on from {source} at step {inputs.identity(inputs.checkpoints_of(run)[0])['step']}")
     return run
 
 
@@ -91,14 +91,14 @@ def train(
     Raises:
         UserError: training failed; the last lines that it printed are shown.
     """
-    scratch, log = leg.scratch_folder(leg.ROOT), leg.ROOT / "working" / "train.log"
+    scratch, log = session.scratch_folder(session.ROOT), session.ROOT / "working" / "train.log"
     path = scratch / "recipe.yaml"
     path.write_text(recipe, encoding="utf-8")
     run.mkdir(parents=True, exist_ok=True)
     (run / "result.json").unlink(missing_ok=True)
-    source = next(iter(leg.checkpoints_of(run)), None)
+    source = next(iter(inputs.checkpoints_of(run)), None)
     left = hours * 3600 - (time.time() - began)
-    process = leg.start(leg.train_command(path, dataset, run, gpus), left, scratch, None, log)
+    process = leg.start(leg.train_command(path, dataset, run, gpus), left, scratch, log)
     plot, deadline = LossPlot(run), time.monotonic() + left + 600
     while process.poll() is None:
         plot.draw()
@@ -109,8 +109,8 @@ def train(
                 process.terminate()
     plot.draw()
     verdict = leg.judge(run, process.returncode, source)
-    leg.keep_within(leg.ROOT / "working", 20_000_000_000)
-    leg.write_verdict(leg.ROOT / "working", verdict)
+    leg.keep_within(session.ROOT / "working", 20_000_000_000)
+    leg.write_verdict(session.ROOT / "working", verdict)
     if verdict["status"] == "failed":
         print("\n".join(log.read_text(errors="replace").splitlines()[-15:]))
         raise UserError(f"training failed: {verdict['reason']}")
@@ -203,7 +203,7 @@ def model_of(run: Path) -> Path:
     for path in (run / "final_model", run / "best"):
         if (path / "config.json").is_file():
             return path
-    return leg.checkpoints_of(run)[0]
+    return inputs.checkpoints_of(run)[0]
 
 
 def describe_verdict(verdict: dict[str, Any]) -> str:

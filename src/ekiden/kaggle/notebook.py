@@ -94,10 +94,11 @@ INSTALL_END = """
 sys.path.insert(0, folder)
 os.environ["PYTHONPATH"] = folder + os.pathsep + os.environ.get("PYTHONPATH", "")
 
-from ekiden.kaggle import interactive, leg
+from ekiden.kaggle import session
 
-leg.install_missing()
+session.install_missing()
 import ekiden, torch, transformers
+from ekiden.kaggle import interactive
 
 print(f"ekiden {ekiden.__version__} from {os.path.dirname(ekiden.__file__)}")
 print(f"torch {torch.__version__}, transformers {transformers.__version__}")
@@ -115,7 +116,7 @@ run = interactive.take_up()
 
 TRAIN_TEXT = """
 ## Training
-`ekiden train` runs as a process of its own, one for each GPU under torchrun; what it prints is in `train.log`. The curve is
+`ekiden train` runs as a process of its own, with a process for each GPU; what it prints is in `train.log`. The curve is
 drawn anew every minute: the training loss, and the loss of each language's test split.
 """
 TRAIN = """
@@ -139,7 +140,7 @@ EXPORT_TEXT = """
 A Hugging Face folder, which `transformers` loads as it is.
 """
 EXPORT = """
-interactive.run_verb("export", model, "--format", "hf", "--output", leg.ROOT / "working" / "model")
+interactive.run_verb("export", model, "--format", "hf", "--output", session.ROOT / "working" / "model")
 print(interactive.describe_verdict(verdict))
 """
 

@@ -2,7 +2,7 @@
 
 Kaggle's datasets skip sub-folders, stop at 1,000 files, and take whatever looks like an archive apart (`.zip`, `.gz`,
 also `.pt`). A pack is the concatenation of all files of a folder, cut into chunks named `NAME-00000.bin`; parts are runs of
-chunks, a dataset each. The same folder gives the same bytes. `leg.unpack` is the way back; `upload` sends it.
+chunks, a dataset each. The same folder gives the same bytes. `inputs.unpack` is the way back; `upload` sends it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 from ekiden.checkpoint import files
 from ekiden.errors import UsageError, UserError
-from ekiden.kaggle.leg import CHUNK, PACK_MANIFEST
+from ekiden.kaggle.inputs import CHUNK, PACK_MANIFEST
 
 CHUNK_BYTES = 1_000_000_000
 """Of a chunk: with parts of 5 GB five files each, and a broken upload repeats at most this much."""

@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 from ekiden.config import build_config, to_yaml
 from ekiden.errors import UsageError, UserError
 from ekiden.kaggle.client import Ambiguous, Kaggle, KaggleError
-from ekiden.kaggle.launcher import render
+from ekiden.kaggle.launcher import GRACE_SECONDS, WALL_SECONDS, write_push
 from ekiden.kaggle.leg import VERDICT
 from ekiden.kaggle.results import bring_home
 from ekiden.kaggle.state import SLUGS, Attempt, RelaySettings, RelayState, age, now
@@ -34,9 +34,6 @@ from ekiden.values import to_int
 
 LEG_SECONDS = 11 * 3600
 """Of the 12 hours that Kaggle gives: the last checkpoint and the upload of the output need their time, too."""
-GRACE_SECONDS = 600
-WALL_SECONDS = 12 * 3600
-OUTPUT_BYTES = 20_000_000_000
 MIN_QUOTA_SECONDS = 1800
 """Of the week's quota: with less a leg costs its start and brings little."""
 STUCK_SECONDS = 24 * 3600
@@ -378,41 +375,3 @@ class Relay:
         step, loss = attempt.verdict.get("step"), attempt.verdict.get("loss")
         figures = f" at step {step}, {human_count(attempt.verdict['tokens'])} tokens" if step else ""
         say(f"leg {attempt.leg}: {outcome}{figures}{f', loss {loss:.4f}' if loss else ''} ({reason})")
-
-
-def leg_settings(state: RelayState, attempt: Attempt) -> dict[str, Any]:
-    """Return the settings that travel in a leg's file; nothing secret is among them."""
-    settings = state.settings
-    return {
-        "relay": state.id,
-        "leg": attempt.leg,
-        "nonce": attempt.nonce,
-        "datasets": settings.corpus,
-        "fingerprint": settings.fingerprint,
-        "previous": attempt.source["ref"] if attempt.source else "",
-        "expected": attempt.source,
-        "recipe": settings.recipe,
-        "gpus": settings.gpus,
-        "seconds": attempt.seconds,
-        "grace": GRACE_SECONDS,
-        "output_bytes": OUTPUT_BYTES,
-    }
-
-
-def write_push(folder: Path, state: RelayState, attempt: Attempt) -> None:
-    """Write what the client pushes: one source file and its metadata."""
-    (folder / "leg.py").write_text(render(leg_settings(state, attempt)), encoding="utf-8")
-    metadata = {
-        "id": state.ref(attempt.slug),
-        "title": attempt.slug.replace("-", " "),
-        "code_file": "leg.py",
-        "language": "python",
-        "kernel_type": "script",
-        "is_private": True,
-        "enable_gpu": state.settings.gpus > 0,
-        "enable_internet": True,
-        "dataset_sources": state.settings.corpus,
-        "kernel_sources": [attempt.source["ref"]] if attempt.source else [],
-        "docker_image_pinning_type": "original",
-    }
-    (folder / "kernel-metadata.json").write_text(json.dumps(metadata, indent=1))

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ekiden.errors import UsageError
 from ekiden.kaggle.client import Kaggle, KaggleError
-from ekiden.kaggle.leg import PACK_MANIFEST
+from ekiden.kaggle.inputs import PACK_MANIFEST
 from ekiden.kaggle.pack import CHUNK_BYTES, Pack, plan_pack, write_part
 from ekiden.progress import human_duration, say
 
