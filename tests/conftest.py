@@ -51,3 +51,9 @@ def tiny_tokenizer_path(
     path = tmp_path_factory.mktemp("tokenizer") / f"{request.param}.model"
     train_tokenizer([str(language_folder)], str(path), vocab_size=430, model_type=request.param)
     return path
+
+
+@pytest.fixture(scope="session")
+def rensa() -> None:
+    """Skip where the package for near duplicates is missing."""
+    pytest.importorskip("rensa", reason="needs rensa: pip install 'ekiden[dedupe]'")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import random
 import tempfile
@@ -30,10 +29,6 @@ from ekiden.corpus.cleaning import (
 from ekiden.corpus.documents import Rejected
 from ekiden.corpus.script import ScriptTally, dominant_script
 from ekiden.errors import UsageError
-
-needs_rensa = pytest.mark.skipif(
-    importlib.util.find_spec("rensa") is None, reason="needs rensa: pip install 'ekiden[dedupe]'"
-)
 
 WORDS = [
     f"{a}{b}" for a in ("ka", "mo", "ri", "tel", "vun") for b in ("sa", "dor", "ni", "pel", "gu", "bash")
@@ -70,7 +65,7 @@ def test_hashes_that_agree_in_one_half_only_are_different_documents() -> None:
     assert sorted(cleaning.repeated(hashes).tolist()) == [3, 4]
 
 
-@needs_rensa
+@pytest.mark.usefixtures("rensa")
 @pytest.mark.parametrize("units", [1, 3, 7])
 def test_near_duplicates_go_and_the_first_stays(units: int) -> None:
     base = sentence(1)
@@ -81,14 +76,14 @@ def test_near_duplicates_go_and_the_first_stays(units: int) -> None:
     assert verdicts(texts, units=units) == [KEPT, KEPT, KEPT, NEAR, KEPT, NEAR, EXACT]
 
 
-@needs_rensa
+@pytest.mark.usefixtures("rensa")
 def test_documents_that_share_a_half_stay() -> None:
     texts = [" ".join(sentence(1, 40) + sentence(seed, 40)) for seed in range(10, 40)]
     assert max(jaccard(a, b) for a in texts for b in texts if a is not b) < 0.6
     assert verdicts(texts) == [KEPT] * 30
 
 
-@needs_rensa
+@pytest.mark.usefixtures("rensa")
 def test_a_chain_leaves_its_first_document_only() -> None:
     words, texts = sentence(5, 300), []
     for step in range(5):
@@ -98,14 +93,14 @@ def test_a_chain_leaves_its_first_document_only() -> None:
     assert verdicts(texts) == [KEPT] + [NEAR] * 4
 
 
-@needs_rensa
+@pytest.mark.usefixtures("rensa")
 def test_what_is_near_a_test_document_is_told_apart() -> None:
     base = " ".join(sentence(1))
     texts = [base, base + " tsk", base + " tsk tsk", " ".join(sentence(2))]
     assert verdicts(texts, test={0, 2}) == [KEPT, NEAR_TEST, NEAR, KEPT]
 
 
-@needs_rensa
+@pytest.mark.usefixtures("rensa")
 def test_similarity_is_estimated_within_its_error() -> None:
     differences = []
     for seed in range(60):
@@ -120,7 +115,7 @@ def test_similarity_is_estimated_within_its_error() -> None:
     assert np.std(differences) < 0.06
 
 
-@needs_rensa
+@pytest.mark.usefixtures("rensa")
 def test_signatures_are_the_same_on_every_machine() -> None:
     texts = ["The river runs past the old mill.", "नदी पुरानी चक्की के पास से बहती है।", "x", "abc " * 20_000]
     found = hashlib.sha256(signatures(texts).astype("<u8").tobytes()).hexdigest()

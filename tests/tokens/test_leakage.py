@@ -99,6 +99,7 @@ def test_without_being_asked_nothing_is_removed_and_equal_texts_share_a_split(
     balanced(dataset)
 
 
+@pytest.mark.usefixtures("rensa")
 @pytest.mark.parametrize("workers", [1, 2])
 def test_near_duplicates_go_whatever_the_number_of_workers(
     corpus: Path, tokenizer: str, tmp_path: Path, workers: int
@@ -202,6 +203,7 @@ def test_a_sample_is_as_large_as_asked_after_cleaning(tokenizer: str, tmp_path: 
     assert 0.4 < sum(split.tokens for split in half.splits["made"].values()) / tokens < 0.6
 
 
+@pytest.mark.usefixtures("rensa")
 @pytest.mark.parametrize("moment", ["sketch", "drop", "receipt"])
 def test_a_build_killed_while_cleaning_goes_on(
     corpus: Path, tokenizer: str, tmp_path: Path, moment: str
@@ -245,6 +247,7 @@ def test_a_build_killed_while_cleaning_goes_on(
     assert contents(out) == contents(whole)
 
 
+@pytest.mark.usefixtures("rensa")
 def test_another_cleaning_is_another_build(corpus: Path, tokenizer: str, tmp_path: Path) -> None:
     preprocess([str(corpus)], tokenizer, str(tmp_path / "out"), executor=here(), dedupe="exact")
     with pytest.raises(UserError, match=r"cleaning was .*'exact'.* then and is .*'near'"):
@@ -263,6 +266,7 @@ def test_another_script_in_a_folder_is_told_of(
     assert dataset.description["scripts"]["hindi"] == {"DEVANAGARI": 90, "LATIN": 10}
 
 
+@pytest.mark.usefixtures("rensa")
 def test_real_text_with_copies_leaks_nothing(corpora: Path, tmp_path: Path) -> None:
     texts = [
         json.loads(line)["text"] for line in (corpora / "konkani" / "part-000.jsonl").open(encoding="utf-8")
