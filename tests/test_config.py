@@ -118,6 +118,13 @@ def test_a_wrong_recipe_is_one_sentence_with_its_line(text: str, expected: str) 
         {"max_steps": 0, "epochs": 0},
         {"learning_rate": -1},
         {"eval_steps": -5},
+        {"learning_rate": "nan"},
+        {"decay_ratio": "nan"},
+        {"beta1": 1},
+        {"muon_momentum": 1},
+        {"num_threads": -1},
+        {"max_grad_norm": -1},
+        {"rope_scaling_factor": 0},
     ],
 )
 def test_values_that_no_run_could_use_are_refused_by_name(settings: dict[str, object]) -> None:

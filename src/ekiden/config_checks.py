@@ -14,6 +14,15 @@ if TYPE_CHECKING:
     from ekiden.config import TrainConfig
 
 TRACKER_NAMES = ("tensorboard", "trackio", "wandb")
+POSITIVE = tuple(
+    "hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim intermediate_size max_length "
+    "batch_size gradient_accumulation_steps loss_chunk_size log_steps sliding_window rope_scaling_factor max_bad_steps "
+    "learning_rate matrix_learning_rate adam_epsilon".split()
+)
+NOT_NEGATIVE = tuple(
+    "max_steps epochs eval_steps eval_tokens sample_steps sample_tokens save_steps warmup_steps weight_decay decay_steps "
+    "max_grad_norm max_rollbacks num_threads max_epochs_per_language".split()
+)
 
 
 def validate(config: TrainConfig) -> TrainConfig:
@@ -22,16 +31,12 @@ def validate(config: TrainConfig) -> TrainConfig:
     Raises:
         UsageError: a value that no run could use, naming the setting.
     """
-    positive = (
-        "hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim intermediate_size max_length "
-        "batch_size gradient_accumulation_steps loss_chunk_size log_steps sliding_window max_bad_steps learning_rate "
-        "matrix_learning_rate"
-    )
-    for name in positive.split():
-        if getattr(config, name) <= 0:
+    # Each as what has to hold, so that nan is refused too.
+    for name in POSITIVE:
+        if not getattr(config, name) > 0:
             raise UsageError(f"--{name.replace('_', '-')} must be above 0, not {getattr(config, name)}")
-    for name in "max_steps epochs eval_steps eval_tokens sample_steps save_steps warmup_steps weight_decay decay_steps".split():
-        if getattr(config, name) < 0:
+    for name in NOT_NEGATIVE:
+        if not getattr(config, name) >= 0:
             raise UsageError(f"--{name.replace('_', '-')} must not be negative, not {getattr(config, name)}")
     if config.max_checkpoints < 2:
         raise UsageError("--max-checkpoints must be at least 2: the newest may be the one being written")
@@ -41,18 +46,15 @@ def validate(config: TrainConfig) -> TrainConfig:
         )
     if config.num_attention_heads % config.num_key_value_heads:
         raise UsageError("--num-attention-heads must be a multiple of --num-key-value-heads")
-    for name in (
-        "decay_ratio",
-        "final_share",
-        "final_min_share",
-        "min_learning_rate_ratio",
-        "muon_momentum",
-        "beta1",
-        "beta2",
-    ):
+    for name in ("decay_ratio", "final_share", "final_min_share", "min_learning_rate_ratio"):
         if not 0 <= getattr(config, name) <= 1:
             raise UsageError(
                 f"--{name.replace('_', '-')} must be a share from 0 to 1, not {getattr(config, name)}"
+            )
+    for name in ("muon_momentum", "beta1", "beta2"):
+        if not 0 <= getattr(config, name) < 1:
+            raise UsageError(
+                f"--{name.replace('_', '-')} must be from 0 to below 1, not {getattr(config, name)}"
             )
     if config.devices < 1 or config.max_restarts < 0:
         raise UsageError("--devices must be at least 1, and --max-restarts at least 0")
