@@ -257,7 +257,7 @@ def read_start(path: Path, limit: int) -> bytes:
     return b"".join(read_chunks(path, limit))
 
 
-def hash_file(path: Path, limit: int | None = None) -> tuple[int, str]:
+def size_and_sha256(path: Path, limit: int | None = None) -> tuple[int, str]:
     """Return size and SHA-256 of a regular file, or of its first `limit` bytes.
 
     Raises:

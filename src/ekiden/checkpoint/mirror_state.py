@@ -152,7 +152,7 @@ def describe(checkpoint: Checkpoint, extras: Mapping[str, Path]) -> tuple[Mirror
     for name, record in checkpoint.manifest.files.items():
         source = Source(record.bytes, record.sha256, checkpoint.path / name)
         # What was verified when it was saved may have been damaged or cut since.
-        size, sha256 = files.hash_file(checkpoint.path / name, record.bytes + 1)
+        size, sha256 = files.size_and_sha256(checkpoint.path / name, record.bytes + 1)
         if (size, sha256) != (record.bytes, record.sha256):
             raise Damaged(
                 f"{checkpoint.path / name} has {size} bytes and hash {sha256}, "

@@ -85,7 +85,7 @@ def plan_pack(root: Path, name: str, max_part_bytes: int, chunk_bytes: int = CHU
         raise UsageError("--max-part-size must be above 0")
     listed = members(root)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        hashes = list(pool.map(lambda member: files.hash_file(member[1]), listed))
+        hashes = list(pool.map(lambda member: files.size_and_sha256(member[1]), listed))
     records: list[dict[str, Any]] = [
         {"path": path, "bytes": size, "sha256": digest} for (path, _), (size, digest) in zip(listed, hashes)
     ]
