@@ -215,3 +215,15 @@ def test_a_language_that_cannot_be_a_folder_is_refused(tmp_path: Path, language:
 def test_a_hub_address_needs_a_language() -> None:
     with pytest.raises(UserError, match="write LANGUAGE=hf://datasets/owner/name, or add --language"):
         discover(["hf://datasets/owner/name"])
+
+
+def test_hidden_files_and_folders_are_no_text(tmp_path: Path) -> None:
+    for name in (
+        "text.jsonl",
+        "more/text.jsonl",
+        ".ipynb_checkpoints/text-checkpoint.jsonl",
+        ".hidden.jsonl",
+    ):
+        (tmp_path / "english" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "english" / name).write_text('{"text": "a"}\n')
+    assert [file.name for file in discover([str(tmp_path)])["english"]] == ["more/text.jsonl", "text.jsonl"]

@@ -101,7 +101,7 @@ def _hub_files(address: str, commits: dict[str, str]) -> list[SourceFile]:
 
 
 def _files(path: Path) -> list[SourceFile]:
-    """Return the readable files at or below `path`."""
+    """Return the readable files at or below `path`; hidden ones, and those in hidden folders, are left out."""
     if path.is_file():
         kind = file_format(path)
         if kind is None:
@@ -109,12 +109,14 @@ def _files(path: Path) -> list[SourceFile]:
         return [SourceFile(str(path), path.stat().st_size, kind, path.name)]
     found, skipped = [], []
     for file in sorted(path.rglob("*")):
-        if not file.is_file() or file.name.startswith("."):
+        below = file.relative_to(path)
+        # A notebook leaves a second copy of every file in .ipynb_checkpoints.
+        if not file.is_file() or any(part.startswith(".") for part in below.parts):
             continue
         if kind := file_format(file):
-            found.append(SourceFile(str(file), file.stat().st_size, kind, file.relative_to(path).as_posix()))
+            found.append(SourceFile(str(file), file.stat().st_size, kind, below.as_posix()))
         else:
-            skipped.append(file.relative_to(path).as_posix())
+            skipped.append(below.as_posix())
     if skipped:
         names = ", ".join(skipped[:3]) + (", ..." if len(skipped) > 3 else "")
         count = "1 file is" if len(skipped) == 1 else f"{len(skipped):,} files are"
