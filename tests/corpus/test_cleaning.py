@@ -207,6 +207,10 @@ def test_another_script_in_a_folder_is_told_with_its_place(tmp_path: Path) -> No
         "hindi: warning: 10.0% of the documents are mostly in Latin script, 90.0% in Devanagari"
     )
     assert f"{file}:8, {file}:18, {file}:28" in warning
+    remote = ScriptTally()
+    for i in range(100):  # a file that is not on this disk
+        remote.count(english if i % 10 == 7 else hindi, "hf://datasets/a/b@c/t.jsonl", 100 * i)
+    assert "(see hf://datasets/a/b@c/t.jsonl at byte 700, " in remote.warnings("hindi")[0]
     few = ScriptTally()
     for i in range(1000):
         few.count(english if i < 4 else hindi, str(file), 0)

@@ -98,7 +98,7 @@ class ScriptTally:
 
     def warnings(self, language: str) -> list[str]:
         """Return a sentence for each script that stands out against the majority of the folder's documents."""
-        from ekiden.corpus.ledger import line_number
+        from ekiden.corpus.ledger import place
 
         total = sum(self.documents.values())
         ranked = sorted(self.documents.items(), key=lambda item: (-item[1], item[0]))
@@ -106,7 +106,7 @@ class ScriptTally:
         for script, count in ranked[1:]:
             if count < WARN_DOCUMENTS or count < WARN_SHARE * total:
                 continue
-            places = ", ".join(f"{file}:{line_number(file, place)}" for file, place in self.examples[script])
+            places = ", ".join(place(file, offset) for file, offset in self.examples[script])
             sentences.append(
                 f"{language}: warning: {count / total:.1%} of the documents are mostly in {script.title()} script, "
                 f"{ranked[0][1] / total:.1%} in {ranked[0][0].title()} (see {places}); do they belong to this language?"
