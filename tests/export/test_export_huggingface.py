@@ -9,6 +9,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from ekiden.checkpoint.store import CheckpointStore
 from ekiden.errors import UserError
 from ekiden.export.huggingface import export_huggingface, model_folder_files
 from ekiden.export.load import load_model
@@ -120,6 +121,9 @@ def test_an_earlier_export_is_replaced_and_nothing_else(tokenizer, tmp_path):
     assert (target / "thesis.tex").read_text() == "years of work"
     with pytest.raises(UserError, match="is a file; give the folder"):
         export_huggingface(model, tokenizer, target / "thesis.tex")
+    checkpoint = CheckpointStore(tmp_path / "run").save(3, lambda w: w.json("trainer_state.json", {}))
+    with pytest.raises(UserError, match="holds files that are not an earlier export's"):
+        export_huggingface(model, tokenizer, checkpoint.path)
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / "notes").write_text("mine")
     with pytest.raises(UserError, match="notes"):

@@ -166,7 +166,9 @@ def _check_target(folder: Path) -> None:
     if found:
         try:
             manifest = read_manifest(folder)
-            known, card = {MANIFEST, CARD, *manifest.files}, manifest.run.get("card")
+            # A run's own folders have a manifest too, and no hash of their card in it.
+            if card := manifest.run.get("card"):
+                known = {MANIFEST, CARD, *manifest.files}
         except Damaged:
             pass
     if found - known:
