@@ -103,6 +103,9 @@ def test_sixteen_bit_weights_load_as_asked(model, tokenizer, tmp_path):
 
 
 def test_what_is_not_a_model(tmp_path, run):
+    (tmp_path / "a-file").write_text("")
+    with pytest.raises(UserError, match="a-file is a file; give a run directory"):
+        find_model(tmp_path / "a-file")
     with pytest.raises(UserError, match="does not exist; give a run directory"):
         load_model(tmp_path / "nowhere", "cpu")
     with pytest.raises(UserError, match="holds no model"):

@@ -87,8 +87,7 @@ def find_model(path: Path) -> Path:
     Raises:
         UserError: there is none.
     """
-    if not path.is_dir():
-        raise UserError(f"{path} does not exist; give a run directory, a checkpoint or a Hugging Face folder")
+    check_models([str(path)])
     if (path / "config.json").is_file():
         _check_whole(path)
         return path

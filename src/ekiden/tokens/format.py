@@ -187,12 +187,12 @@ class TokenDataset:
                     "preprocess the corpus again"
                 )
             dataset = cls(path, description)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             what = "is not a folder" if not path.is_dir() else "holds no dataset.json (an unfinished build?)"
             raise UserError(
                 f"--dataset-path {path} {what}; give the --output-dir of `ekiden preprocess`"
             ) from None
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{path}/dataset.json is damaged ({type(error).__name__}: {error}); preprocess again"
             ) from None
