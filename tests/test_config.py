@@ -99,6 +99,7 @@ def test_a_recipe_wins_over_its_preset_and_a_flag_over_both(tmp_path: Path) -> N
         ("- a", "r.yaml:1 must hold"),
         ("max_steps: 1.5", "must be of type int"),
         ("use_wandb: maybe", "must be of type bool"),
+        ("output_dir: 2026-99-99", "r.yaml:1: output_dir holds a value that is not plain YAML"),
         ("seed: !!python/object/apply:os.system ['true']", "seed"),
     ],
 )
@@ -120,6 +121,8 @@ def test_a_wrong_recipe_is_one_sentence_with_its_line(text: str, expected: str) 
         {"eval_steps": -5},
         {"learning_rate": "nan"},
         {"decay_ratio": "nan"},
+        {"epochs": "inf"},
+        {"max_steps": "inf"},
         {"beta1": 1},
         {"muon_momentum": 1},
         {"num_threads": -1},
@@ -130,6 +133,12 @@ def test_a_wrong_recipe_is_one_sentence_with_its_line(text: str, expected: str) 
 def test_values_that_no_run_could_use_are_refused_by_name(settings: dict[str, object]) -> None:
     with pytest.raises(UsageError, match="--"):
         build_config("gpt2-10m", **settings)
+
+
+def test_a_recipe_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_bytes(b"\xff\xfe")
+    with pytest.raises(UsageError, match=r"r\.yaml cannot be read .*; give a YAML file in UTF-8"):
+        build_config(str(tmp_path / "r.yaml"))
 
 
 def test_durations_and_sizes() -> None:

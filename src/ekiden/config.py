@@ -294,7 +294,7 @@ def parse_yaml(text: str, where: str) -> dict[str, Any]:
             raise UsageError(f"{line}: {name} is set twice")
         try:
             value = yaml.SafeLoader("").construct_object(value_node, deep=True)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError):  # ValueError: a date that is none
             raise UsageError(
                 f"{line}: {name} holds a value that is not plain YAML ({value_node.tag})"
             ) from None
@@ -364,7 +364,11 @@ def build_config(recipe: str | None = None, **settings: Any) -> TrainConfig:
             raise UsageError(
                 f"recipe {recipe} does not exist; give a YAML file or one of {', '.join(preset_names())}"
             )
-        chosen = parse_yaml(path.read_text(encoding="utf-8"), recipe)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"recipe {recipe} cannot be read ({error}); give a YAML file in UTF-8") from None
+        chosen = parse_yaml(text, recipe)
     elif recipe:
         chosen = {"preset": recipe}
     merged = {**chosen, **explicit}

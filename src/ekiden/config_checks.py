@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from ekiden.errors import UsageError, nearest
@@ -31,12 +32,14 @@ def validate(config: TrainConfig) -> TrainConfig:
     Raises:
         UsageError: a value that no run could use, naming the setting.
     """
-    # Each as what has to hold, so that nan is refused too.
+    for name, value in vars(config).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UsageError(f"--{name.replace('_', '-')} must be a finite number, not {value}")
     for name in POSITIVE:
-        if not getattr(config, name) > 0:
+        if getattr(config, name) <= 0:
             raise UsageError(f"--{name.replace('_', '-')} must be above 0, not {getattr(config, name)}")
     for name in NOT_NEGATIVE:
-        if not getattr(config, name) >= 0:
+        if getattr(config, name) < 0:
             raise UsageError(f"--{name.replace('_', '-')} must not be negative, not {getattr(config, name)}")
     if config.max_checkpoints < 2:
         raise UsageError("--max-checkpoints must be at least 2: the newest may be the one being written")

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -37,7 +38,7 @@ def to_int(value: Any) -> int:
     text = str(value).replace("_", "")
     factor = scale.get(text[-1:], 1)
     number = float(text[:-1] if factor > 1 else text) * factor
-    if number != int(number):
+    if not number.is_integer():  # nor is an infinity
         raise ValueError
     return int(number)
 
@@ -47,6 +48,17 @@ def to_weights(value: Any) -> dict[str, float]:
     if isinstance(value, str):
         value = dict(pair.split("=", 1) for pair in value.split(",") if pair)
     return {str(name).strip(): float(weight) for name, weight in value.items()}
+
+
+def finite_json(value: Any) -> Any:
+    """Return `value` with NaN and infinities as strings: JSON has no numbers for them."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: finite_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite_json(item) for item in value]
+    return value
 
 
 def parse_duration(text: str, setting: str) -> float | None:
