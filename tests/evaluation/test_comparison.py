@@ -117,3 +117,24 @@ def test_mistakes_are_found_before_a_model_is_read(folder, monkeypatch):
         run_evaluate([one], harness=" ,")
     with pytest.raises(UsageError, match="--harness-limit must be 1 or more, not 0"):
         run_evaluate([one], harness="arc_easy", harness_limit=0)
+
+
+def test_figures_that_are_not_finite_are_still_json(folder, capsys, monkeypatch):
+    monkeypatch.setattr("ekiden.evaluation.loss._exp", lambda loss: float("inf"))
+    main(
+        [
+            "evaluate",
+            str(folder / "one"),
+            "--dataset-path",
+            str(folder / "shards"),
+            "--device",
+            "cpu",
+            "--json",
+        ]
+    )
+
+    def refuse(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    result = json.loads(capsys.readouterr().out, parse_constant=refuse)
+    assert result["macro"]["perplexity"] == "inf"

@@ -17,6 +17,7 @@ from ekiden.export.load import check_models, load_model
 from ekiden.export.printed import check_output, emit
 from ekiden.progress import say
 from ekiden.tokens.format import TokenDataset
+from ekiden.values import finite_json
 
 Result = dict[str, Any]
 
@@ -37,7 +38,7 @@ def run_evaluate(
         models: MODELs.
         dataset_path: folder of token shards; None: no loss.
         harness: tasks, as `Harness` takes them; None: none. harness_limit, harness_fewshot: its `limit` and `fewshot`.
-        output: a file that takes what would be printed.
+        output: a file that takes what would be printed. as_json: figures that are not finite stand as strings.
         options: max_tokens, batch_size and device, as `evaluate_model` takes them.
 
     Raises:
@@ -55,7 +56,7 @@ def run_evaluate(
     tasks = None if harness is None else Harness(harness, harness_limit, harness_fewshot)
     results = [_evaluate(model, dataset, tasks, **options) for model in models]
     if as_json:
-        text = "".join(json.dumps(result) + "\n" for result in results)
+        text = "".join(json.dumps(finite_json(result)) + "\n" for result in results)
     else:
         text = format_comparison(results)
     emit(text, output)

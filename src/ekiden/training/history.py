@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import math
 import os
 import time
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from typing import Any
 
 from ekiden.checkpoint import files
 from ekiden.progress import say
+from ekiden.values import finite_json
 
 STEP_KINDS = ("train", "eval", "samples")
 """Records that belong to a step; events belong to the session that met them and are never taken out."""
@@ -99,7 +99,7 @@ class History:
         if self._waiting:
             self._write_waiting()
         self._file.close()
-        columns = json.dumps(_finite(history_columns(read_history(self.path))), ensure_ascii=False)
+        columns = json.dumps(finite_json(history_columns(read_history(self.path))), ensure_ascii=False)
         try:
             files.write_atomic(self.path.with_name("training_history.json"), columns.encode())
         except OSError as error:
@@ -133,18 +133,7 @@ class UnwrittenHistory(History):
 
 
 def _line(record: dict[str, Any]) -> str:
-    return json.dumps(_finite(record), ensure_ascii=False) + "\n"
-
-
-def _finite(value: Any) -> Any:
-    """Return `value` with NaN and infinities as strings: JSON has no numbers for them."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return value
+    return json.dumps(finite_json(record), ensure_ascii=False) + "\n"
 
 
 def read_history(path: Path) -> Iterator[dict[str, Any]]:
