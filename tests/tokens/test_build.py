@@ -113,9 +113,9 @@ def test_a_killed_build_goes_on_and_ends_with_the_same_bytes(
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    (out / "a-file").write_text("")
+    (tmp_path / "a-file").write_text("")
     with pytest.raises(UserError, match="a-file is not a folder; give the --output-dir"):
-        TokenDataset.open(out / "a-file")
+        TokenDataset.open(tmp_path / "a-file")
     with pytest.raises(UserError, match="unfinished build"):
         TokenDataset.open(out)
     done = len(list((out / build.RECEIPTS).iterdir()))
