@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from ekiden.tokenizer.train import train_tokenizer
 from ekiden.tokens.build import preprocess
 from ekiden.tokens.inspect import TEMPERATURES, inspect
 from ekiden.tokens.mixture import plan_mixture
+from ekiden.tokens.worker import worker_processes
 
 
 @pytest.fixture(scope="module")
@@ -122,3 +124,13 @@ def test_what_cannot_be_inspected_is_one_sentence(corpus: Path, tokenizer: str, 
         inspect([str(tmp_path / "empty")], num_proc=1)
     with pytest.raises(UsageError, match=r"must name a file ending in \.html"):
         inspect([str(tmp_path / "shards")]).plot("mixture.png")
+
+
+def test_a_worker_that_dies_is_one_sentence(corpus: Path) -> None:
+    with (
+        pytest.raises(UserError, match=r"a worker process ended .* lower --num-proc "),
+        worker_processes(1, 1) as pool,
+    ):
+        pool.submit(os._exit, 1).result()
+    with pytest.raises(UsageError, match="--num-proc must be at least 1"):
+        inspect([str(corpus)], num_proc=0)

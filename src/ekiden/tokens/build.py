@@ -9,13 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-import multiprocessing
-import os
 import shutil
 import time
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -48,7 +45,7 @@ from ekiden.tokens.units import (
     sampled_texts,
     test_splits,
 )
-from ekiden.tokens.worker import build_unit, start_worker
+from ekiden.tokens.worker import build_unit, worker_processes
 
 POLL_SECONDS = 0.5
 
@@ -144,20 +141,8 @@ def worker_pool(
         with dask_executor(scheduler, folder, corpus) as executor:
             yield executor
         return
-    workers = max(1, min(num_proc or len(os.sched_getaffinity(0)), most))
-    # spawn: a forked worker would inherit locks of threads that it does not have.
-    pool = ProcessPoolExecutor(
-        workers, mp_context=multiprocessing.get_context("spawn"), initializer=start_worker
-    )
-    try:
-        yield pool
-    except BrokenProcessPool:
-        raise UserError(
-            "a worker process ended before its work was done (killed for memory?); run the same command again with a lower "
-            '--num-proc, finished shards are kept (a script of your own needs `if __name__ == "__main__":` around it)'
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
+    with worker_processes(most, num_proc, ", finished shards are kept") as executor:
+        yield executor
 
 
 def build_all(

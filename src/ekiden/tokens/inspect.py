@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import functools
 import json
-import multiprocessing
-import os
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +30,7 @@ from ekiden.tokenizer.load import Tokenizer, load_tokenizer
 from ekiden.tokens.format import TokenDataset
 from ekiden.tokens.mixture import plan_mixture
 from ekiden.tokens.units import Unit, parse_count, plan_units
-from ekiden.tokens.worker import start_worker
+from ekiden.tokens.worker import worker_processes
 
 TEMPERATURES = (1.0, 0.7, 0.5, 0.3, 0.0)
 SAMPLED_DOCUMENTS = 256
@@ -171,8 +169,10 @@ def inspect(
         token_budget: tokens of the run to plan ('1B'); without a tokenizer, bytes of text. None: as many as there are.
 
     Raises:
-        UserError: corpus or tokenizer are missing or damaged, or hold nothing.
+        UserError: corpus or tokenizer are missing or damaged, or hold nothing; a worker process died.
     """
+    if num_proc is not None and num_proc < 1:
+        raise UsageError(f"--num-proc must be at least 1 worker process, not {num_proc}")
     budget = parse_count(token_budget, "--token-budget") if token_budget is not None else None
     if len(corpus) == 1 and (Path(corpus[0]) / "dataset.json").exists():
         if tokenizer is not None:
@@ -249,15 +249,17 @@ def sampled_fertility(dataset: TokenDataset, language: str, tokenizer: Tokenizer
 def of_corpus(
     units: list[Unit], tokenizer: str | None, num_proc: int | None, txt_documents: str
 ) -> dict[str, Language]:
-    """Return what the languages of a corpus consist of, after reading all of it in worker processes."""
+    """Return what the languages of a corpus consist of, after reading all of it in worker processes.
+
+    Raises:
+        UserError: no such tokenizer, or a worker process died.
+    """
     if tokenizer is not None:
         load_tokenizer(tokenizer)  # its sentence comes before the work
-    workers = max(1, min(num_proc or len(os.sched_getaffinity(0)), len(units)))
-    context = multiprocessing.get_context("spawn")
     found: dict[str, dict[str, Any]] = {}
     with (
         Progress(sum(unit.bytes for unit in units), "B", "inspect") as progress,
-        ProcessPoolExecutor(workers, context, initializer=start_worker) as pool,
+        worker_processes(len(units), num_proc) as pool,
     ):
         futures = {pool.submit(inspect_unit, unit, tokenizer, txt_documents): unit for unit in units}
         for future in as_completed(futures):

@@ -6,6 +6,7 @@ output folder.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import multiprocessing
@@ -13,6 +14,8 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,7 @@ from ekiden.corpus.cleaning import Cleaner
 from ekiden.corpus.documents import divide, read_documents
 from ekiden.corpus.ledger import Ledger
 from ekiden.corpus.script import ScriptTally
+from ekiden.errors import UserError
 from ekiden.tokenizer.load import Tokenizer, load_tokenizer
 from ekiden.tokens.bpe_cache import BpeCache, check
 from ekiden.tokens.dedupe import Window, dropped
@@ -56,6 +60,31 @@ def start_worker() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+@contextlib.contextmanager
+def worker_processes(most: int, num_proc: int | None, kept: str = "") -> Iterator[Executor]:
+    """Yield `num_proc` worker processes (None: one a core), at most `most`.
+
+    Args:
+        kept: what a second run of the command need not do again, to stand in the sentence.
+
+    Raises:
+        UserError: one of them died.
+    """
+    workers = max(1, min(num_proc or len(os.sched_getaffinity(0)), most))
+    # spawn: a forked worker would inherit locks of threads that it does not have.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker)
+    try:
+        yield pool
+    except BrokenProcessPool:
+        raise UserError(
+            "a worker process ended before its work was done (killed for memory?); run the same command again with a lower "
+            f'--num-proc{kept} (a script of your own needs `if __name__ == "__main__":` around it)'
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 @functools.lru_cache(maxsize=1)
