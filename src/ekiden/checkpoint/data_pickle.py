@@ -93,6 +93,11 @@ class _Interpreter:
         self.memo: dict[int, Any] = {}
 
     def run(self, data: bytes) -> Any:
+        """Return the value that `data` builds.
+
+        Raises:
+            NotData: an operation, name or call that is not on the lists, no end, or too many operations.
+        """
         operations: Iterator[tuple[Any, Any, Any]] = pickletools.genops(data)
         for count, (operation, argument, _position) in enumerate(operations):
             if count > MAX_OPERATIONS:
@@ -128,21 +133,27 @@ class _Interpreter:
         return items
 
     def do_mark(self, _: None) -> None:
+        """Remember where the items of a list, tuple or dict begin."""
         self.stack.append(_MARK)
 
     def do_memoize(self, _: None) -> None:
+        """Number the newest value, so that it can be referred to."""
         self.memo[len(self.memo)] = self.stack[-1]
 
     def do_tuple(self, _: None) -> None:
+        """Make a tuple of the items since the mark."""
         self.stack.append(tuple(self._to_mark()))
 
     def do_tuple1(self, _: None) -> None:
+        """Make a tuple of one item."""
         self._tuple(1)
 
     def do_tuple2(self, _: None) -> None:
+        """Make a tuple of two items."""
         self._tuple(2)
 
     def do_tuple3(self, _: None) -> None:
+        """Make a tuple of three items."""
         self._tuple(3)
 
     def _tuple(self, length: int) -> None:
@@ -151,41 +162,51 @@ class _Interpreter:
         self.stack.append(items)
 
     def do_list(self, _: None) -> None:
+        """Make a list of the items since the mark."""
         self.stack.append(self._to_mark())
 
     def do_dict(self, _: None) -> None:
+        """Make a dict of the keys and values since the mark."""
         items = self._to_mark()
         self.stack.append(dict(zip(items[::2], items[1::2], strict=True)))
 
     def do_append(self, _: None) -> None:
+        """Append one item to a list."""
         item = self.stack.pop()
         list.append(self.stack[-1], item)
 
     def do_appends(self, _: None) -> None:
+        """Append the items since the mark to a list."""
         items = self._to_mark()
         list.extend(self.stack[-1], items)
 
     def do_additems(self, _: None) -> None:
+        """Add the items since the mark to a set."""
         items = self._to_mark()
         set.update(self.stack[-1], items)
 
     def do_setitem(self, _: None) -> None:
+        """Set one item of a dict."""
         value, key = self.stack.pop(), self.stack.pop()
         _set(self.stack[-1], key, value)
 
     def do_setitems(self, _: None) -> None:
+        """Set the items since the mark in a dict."""
         items = self._to_mark()
         for key, value in zip(items[::2], items[1::2], strict=True):
             _set(self.stack[-1], key, value)
 
     def do_global(self, name: str) -> None:
+        """Refer to 'module name', which has to be on the lists."""
         self.stack.append(_global(name))
 
     def do_stack_global(self, _: None) -> None:
+        """The same, module and name taken from the stack."""
         name, module = self.stack.pop(), self.stack.pop()
         self.stack.append(_global(f"{module} {name}"))
 
     def do_binpersid(self, _: None) -> None:
+        """Refer to a storage: ('storage', type, key, location, elements); the location is left behind."""
         kind, storage, key, _location, elements = self.stack.pop()[:5]
         if kind != "storage" or not isinstance(key, str) or type(elements) is not int or elements < 0:
             raise NotData("it refers to something that is no storage")
@@ -195,12 +216,14 @@ class _Interpreter:
             self.stack.append(Storage(key, _STORAGES[storage.name.removeprefix("torch ")], elements))
 
     def do_reduce(self, _: None) -> None:
+        """Call one of `_CALLS`."""
         arguments, function = self.stack.pop(), self.stack.pop()
         if not isinstance(function, Global) or function.name not in _CALLS or type(arguments) is not tuple:
             raise NotData(f"it calls {getattr(function, 'name', 'something').replace(' ', '.')[:80]}")
         self.stack.append(_CALLS[function.name](self, *arguments))
 
     def do_build(self, _: None) -> None:
+        """Fill in the few objects that torch fills in: a NumPy type's byte order, a state dict's metadata."""
         state, target = self.stack.pop(), self.stack[-1]
         if isinstance(target, _NumpyDType):
             target.order = state[1]
@@ -214,6 +237,7 @@ class _Interpreter:
     def tensor_v2(
         self, storage: Storage, offset: Any, shape: Any, stride: Any, grad: Any, _hooks: Any, *_: Any
     ) -> LazyTensor:
+        """Stand for `torch._utils._rebuild_tensor_v2`: the type is the storage's."""
         if storage.dtype is None:
             raise NotData("it has a tensor without an element type")
         return self._tensor(storage, offset, shape, stride, storage.dtype, grad)
@@ -229,6 +253,7 @@ class _Interpreter:
         dtype: Any,
         *_: Any,
     ) -> LazyTensor:
+        """Stand for `torch._utils._rebuild_tensor_v3`: the type is given, the storage is bytes."""
         return self._tensor(storage, offset, shape, stride, dtype.value, grad)
 
     def _tensor(
@@ -243,9 +268,15 @@ class _Interpreter:
         return _flagged(tensor, grad, False)
 
     def parameter(self, data: LazyTensor, grad: Any, *_: Any) -> LazyTensor:
+        """Stand for `torch._utils._rebuild_parameter`."""
         return _flagged(data, bool(grad), True)
 
     def from_type(self, function: Global, kind: Global, arguments: tuple[Any, ...], _state: Any) -> Any:
+        """Stand for `torch._tensor._rebuild_from_type_v2`; a subclass's own state is left behind.
+
+        Raises:
+            NotData: a class that is not torch's.
+        """
         if kind.name not in ("torch Tensor", "torch.nn.parameter Parameter", "torch.nn.parameter Buffer"):
             raise NotData(f"it holds a tensor of the class {kind.name.replace(' ', '.')[:80]}")
         return _CALLS[function.name](self, *arguments)

@@ -88,6 +88,11 @@ class _Encoder:
         self.seen: dict[Hashable, int] = {}
 
     def encode(self, value: Any, path: tuple[str | int, ...]) -> Any:
+        """Return what stands for `value` at `path` in the file: JSON values, tagged dicts, and tensors as they are.
+
+        Raises:
+            UserError: nested deeper than JSON is read.
+        """
         if len(path) > _MAX_JSON_DEPTH:
             raise UserError(
                 f"the checkpoint is nested deeper than JSON is read ({_MAX_JSON_DEPTH} levels); save it flatter"

@@ -67,10 +67,16 @@ class _Decoder:
         self.tensors: list[LazyTensor] = []
 
     def wrong(self, path: tuple[str | int, ...], what: str) -> UserError:
+        """Return the error for what stands at `path`."""
         place = "/".join(str(step) for step in path)[:120] or "its root"
         return UserError(f"{self.path}: {place} {what}; write it again from its source")
 
     def take_ordered(self, entries: Any) -> None:
+        """Note from the header which dicts are OrderedDicts, and their metadata.
+
+        Raises:
+            UserError: the header's list is not one.
+        """
         try:
             for index, entry in enumerate(entries):
                 self.ordered[tuple(entry["path"])] = {**entry, "index": index}
@@ -78,6 +84,14 @@ class _Decoder:
             raise self.wrong((HEADER,), "is not well-formed") from None
 
     def decode(self, value: Any, path: tuple[str | int, ...], in_state: bool = False) -> Any:
+        """Return the value that the JSON `value` at `path` stands for.
+
+        Args:
+            in_state: in a file of another tool, an array of numbers is a tensor here.
+
+        Raises:
+            UserError: a claim does not fit the data, or a tag that no version writes.
+        """
         if isinstance(value, Part):
             return self._part(value, path, in_state)
         if isinstance(value, list):

@@ -81,6 +81,11 @@ class _Shape:
     depth: int = 0
 
     def count(self, number: int, is_list: bool) -> None:
+        """Count items of the innermost open list: `number` numbers, or lists.
+
+        Raises:
+            UserError: there are both, or no list is open.
+        """
         if not self.counts or (self.depth and (len(self.counts) == self.depth) == is_list):
             raise UserError(f"{self.where} mixes numbers and lists; write it again from its source")
         if not is_list:
@@ -88,6 +93,11 @@ class _Shape:
         self.counts[-1] += number
 
     def close(self) -> None:
+        """End the innermost open list.
+
+        Raises:
+            UserError: the lists of its depth before it were of another length.
+        """
         length, level = self.counts.pop(), len(self.counts)
         if self.lengths.setdefault(level, length) != length:
             raise UserError(
@@ -95,6 +105,7 @@ class _Shape:
             )
 
     def shape(self) -> tuple[int, ...]:
+        """Return the lengths by depth."""
         return tuple(self.lengths[level] for level in range(len(self.lengths)))
 
 

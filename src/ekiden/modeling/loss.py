@@ -34,6 +34,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         dtype: torch.dtype,
         with_gradient: bool,
     ) -> torch.Tensor:
+        """Return the sum of the losses, fp32, a chunk of rows at a time.
+
+        Both gradients are made here, while a chunk's logits exist: the backward pass then only scales them. Not in fp16,
+        whose loss scale has to be in the products already: there it makes the logits again.
+
+        Args:
+            hidden: [N, D]; weight: [V, D]; targets: int64 [N], IGNORE counts nothing.
+            rows: of a chunk. dtype: of the products. with_gradient: whether a backward pass will follow.
+        """
         ctx.rows, ctx.early = rows, with_gradient and dtype != torch.float16
         operands = hidden.to(dtype), weight.to(dtype)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
@@ -53,6 +62,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        """Return the gradients of `hidden` and `weight`, scaled by `upstream` (a scalar)."""
         if ctx.early:
             grad_hidden, grad_weight = ctx.saved_tensors
             # In place: the head's gradient is as large as the head. A second backward pass is refused by autograd.

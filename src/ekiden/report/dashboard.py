@@ -118,12 +118,14 @@ class Pages:
         self.live, self.playground = runs, playground
 
     async def index(self, request: Any) -> Any:
+        """Answer with the page that shows all runs."""
         from starlette.responses import HTMLResponse
 
         page = asset("dashboard.html").replace("@@BODY@@", asset("body.html"))
         return HTMLResponse(page, headers=SECURITY_HEADERS)
 
     async def assets(self, request: Any) -> Any:
+        """Answer with one of the page's own scripts or styles, or 404."""
         from starlette.responses import Response
 
         name = request.path_params["name"]
@@ -135,6 +137,7 @@ class Pages:
         return Response(asset(name), media_type=ASSETS[name], headers=SECURITY_HEADERS)
 
     async def runs(self, request: Any) -> Any:
+        """Answer with the runs' names, in the order of their numbers."""
         from starlette.responses import JSONResponse
 
         names = [live.reader.path.resolve().name for live in self.live]
@@ -145,6 +148,7 @@ class Pages:
         return JSONResponse(shown, headers=SECURITY_HEADERS)
 
     async def run(self, request: Any) -> Any:
+        """Answer with a run's figures where they are newer than version `have` (204: they are not)."""
         from starlette.responses import Response
 
         number = request.path_params["number"]

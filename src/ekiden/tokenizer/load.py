@@ -94,9 +94,11 @@ class SentencePieceTokenizer(Tokenizer):
         self.pad_id, self.unk_id = _or_none(self.processor.pad_id()), _or_none(self.processor.unk_id())
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        """Return the ids of each text, int32, by SentencePiece itself."""
         return encode_texts(self.processor, texts) if texts else []
 
     def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of `ids`; control ids give none."""
         return self.processor.decode([int(i) for i in ids])
 
 
@@ -142,12 +144,14 @@ class HuggingFaceTokenizer(Tokenizer):
         return self.backend.token_to_id(text) if text else None
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        """Return the ids of each text, int32, by the tokenizers library."""
         return [
             np.array(encoding.ids, dtype=np.int32)
             for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)
         ]
 
     def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of `ids`; special ids give none."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
 
 

@@ -60,17 +60,20 @@ class WandbTracker:
         self._logged = logged_steps(run_dir / "wandb", run_id) if self._run.offline else None
 
     def has(self, kind: str, step: int) -> bool | None:
+        """Return whether it arrived: offline by the files of the run, else by the last step the server holds."""
         if self._logged is not None:
             return step in self._logged[kind]
         return step <= (self._run.summary.get(f"{kind}/step") or -1) if self._run.resumed else None
 
     def send(self, record: dict[str, Any]) -> None:
+        """Log the record's figures, with its step as a metric of its kind."""
         self._run.log({"step": record["step"], f"{record['kind']}/step": record["step"], **figures(record)})
 
     def settle(self) -> None:
-        pass  # the next session asks what arrived
+        """Do nothing: the next session asks what arrived."""
 
     def close(self) -> None:
+        """End the run, which waits for what is on its way."""
         self._run.finish()
 
 
@@ -83,16 +86,20 @@ class TensorBoardTracker:
         self._writer: Any = SummaryWriter(str(run_dir / "tensorboard"))  # type: ignore[no-untyped-call]
 
     def has(self, kind: str, step: int) -> bool | None:
+        """Return None: what was noted as sent decides."""
         return None
 
     def send(self, record: dict[str, Any]) -> None:
+        """Write a scalar for each figure, at the time of the record."""
         for name, value in figures(record).items():
             self._writer.add_scalar(name, value, record["step"], walltime=record["time"])
 
     def settle(self) -> None:
+        """Hand the events to the system."""
         self._writer.flush()
 
     def close(self) -> None:
+        """Close the event file."""
         self._writer.close()
 
 
@@ -113,15 +120,19 @@ class TrackioTracker:
         )
 
     def has(self, kind: str, step: int) -> bool | None:
+        """Return None: what was noted as sent decides."""
         return None
 
     def send(self, record: dict[str, Any]) -> None:
+        """Log the record's figures at its step."""
         self._run.log(figures(record), step=record["step"])
 
     def settle(self) -> None:
+        """Wait as long as trackio takes to write."""
         time.sleep(SETTLE_SECONDS)
 
     def close(self) -> None:
+        """End the run, which writes what is left."""
         self._run.finish()
 
 
