@@ -1,11 +1,13 @@
 """Throughput of several processes over one, and what a step spends in exchanges, on this machine's cores.
 
-    python benchmarks/ranks_speed.py [--preset gpt2-10m] [--world 2] [--rounds 3] [--accumulate 4]
+    python benchmarks/ranks_speed.py [--preset gpt2-10m] [--world 2] [--threads 2] [--rounds 3] [--accumulate 4]
 
-Every process has one thread, and every way does the same global batch on random tokens. The ways take turns, round after
-round, and the fastest step of each counts: other work on the machine slows all of them. `ddp` exchanges gradients once a
-step, when all are there; `torch ddp` is PyTorch's own wrapper, which exchanges them during the last backward pass; `exact`
-is --elastic-exact; `fsdp` is fully_shard. Peak memory is of rank 0, resident, less what it had before the first step.
+Every way does the same global batch on random tokens: one process with as many threads as one of several has, one process
+with as many as all of them have together, and then several processes. The ways take turns, round after round, and the
+fastest step of each counts: other work on the machine slows all of them. `ddp` exchanges gradients once a step, when all
+are there; `torch ddp` is PyTorch's own wrapper, which exchanges them during the last backward pass; `exact` is
+--elastic-exact; `fsdp` is fully_shard. Of a step's exchanges, the wait for the slower rank is not counted. Peak memory is of
+rank 0, resident, less what it had with the model built and before the first step.
 The last line is one JSON object.
 """
 
@@ -34,7 +36,7 @@ from ekiden.training.ranks import Ranks
 from ekiden.training.sharding import shard_model
 from ekiden.training.step import accumulate_gradients, apply_update, summed_loss
 
-WAYS = ("one", "ddp", "torch ddp", "exact", "fsdp")
+WAYS = ("one", "one, all threads", "ddp", "torch ddp", "exact", "exact one", "fsdp")
 
 
 class Summed(nn.Module):
@@ -94,7 +96,7 @@ def step(
     ranks: Ranks,
 ) -> float:
     """Do one optimizer step; return the seconds in exchanges that stand by themselves."""
-    tree = GradientTree(list(model.parameters())) if way == "exact" else None
+    tree = GradientTree(list(model.parameters())) if way.startswith("exact") else None
     if wrapper is not None:
         loss = torch.zeros(())
         for index, (inputs, targets) in enumerate(data):
@@ -104,8 +106,8 @@ def step(
             loss += mean.detach()
     else:
         loss = accumulate_gradients(model, data, tokens, precision, after=tree.add if tree else None)
-    began = time.perf_counter()
     ranks.agree([0, 0])
+    began = time.perf_counter()
     if tree:
         loss = tree.finish(ranks)
     elif way == "ddp":
@@ -124,7 +126,7 @@ def resident() -> float:
     return psutil.Process().memory_info().rss / 2**20
 
 
-def in_ranks(world: int, work: Callable[[Ranks], dict[str, float]]) -> dict[str, float]:
+def in_ranks(world: int, threads: int, work: Callable[[Ranks], dict[str, float]]) -> dict[str, float]:
     """Return what rank 0 of `world` forked processes returned."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -140,7 +142,7 @@ def in_ranks(world: int, work: Callable[[Ranks], dict[str, float]]) -> dict[str,
                     RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world)
                 )
                 os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
-                configure_determinism(1)
+                configure_determinism(threads)
                 ranks = Ranks.join("cpu")
                 result = work(ranks)
                 if rank == 0:
@@ -165,6 +167,7 @@ def main() -> None:
     )
     parser.add_argument("--preset", default="gpt2-10m")
     parser.add_argument("--world", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=2, help="of a process")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=3, help="of each way in each round, after a first one")
     parser.add_argument("--accumulate", type=int, default=4, help="microbatches of the global batch")
@@ -176,9 +179,10 @@ def main() -> None:
     found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
     for _ in range(options.rounds):
         for way in WAYS:
-            world = 1 if way == "one" else options.world
+            world = 1 if "one" in way else options.world
+            threads = options.threads * (options.world if way == "one, all threads" else 1)
             found[way].append(
-                in_ranks(world, lambda ranks, w=way, n=world: measure(w, n, config, options, ranks))
+                in_ranks(world, threads, lambda ranks, w=way, n=world: measure(w, n, config, options, ranks))
             )
     rows = []
     for way, results in found.items():

@@ -76,10 +76,7 @@ class GradientTree:
         assert top is not None and not any(lower), "a rank's microbatches are not a power of two"
         distance = 1
         while distance < ranks.world:
-            partner = ranks.rank ^ distance
-            for index, mine in enumerate(top):
-                theirs = ranks.exchange(mine, partner)
-                top[index] = mine.add_(theirs)
+            ranks.add_partner(top, ranks.rank ^ distance)
             distance *= 2
         for parameter, gradient in zip(self._parameters, top):
             parameter.grad = gradient

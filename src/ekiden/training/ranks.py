@@ -30,8 +30,11 @@ T = TypeVar("T")
 GROUP_TIMEOUT = datetime.timedelta(hours=2)
 """Longest that one rank works while the others wait for it, as when a large checkpoint is verified. A rank that is
 gone or frozen is noticed by `training.watch`, long before."""
-BUCKET_BYTES = 64 << 20
-"""Gradients exchanged at a time: large enough for the network, small beside the model."""
+LARGE_BYTES = 256 << 10
+"""A tensor of this size is exchanged where it lies; copies to and from a buffer cost more than the call they save."""
+BUCKET_BYTES = 16 << 20
+"""Smaller ones are exchanged together, so many bytes at a time; also the most that is received beside what it is added to,
+unless one tensor is larger."""
 
 
 class PeerLost(UserError):
@@ -189,24 +192,37 @@ class Ranks:
     # -- tensors ----------------------------------------------------------------------------------------------
 
     def sum_(self, tensors: list[torch.Tensor]) -> None:
-        """Replace each tensor by its sum over all ranks, the same on every rank, in buckets."""
+        """Replace each tensor by its sum over all ranks, the same on every rank; large ones in place, all under way at once."""
         if self.world == 1:
             return
-        for bucket in buckets(tensors, BUCKET_BYTES):
+        in_place = [tensor for tensor in tensors if tensor.nbytes >= LARGE_BYTES and tensor.is_contiguous()]
+        works = [dist.all_reduce(tensor, async_op=True) for tensor in in_place]
+        taken = {id(tensor) for tensor in in_place}
+        for bucket in buckets([tensor for tensor in tensors if id(tensor) not in taken], BUCKET_BYTES):
             flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
             dist.all_reduce(flat)
             for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket])):
                 tensor.copy_(part.view_as(tensor))
-
-    def exchange(self, tensor: torch.Tensor, partner: int) -> torch.Tensor:
-        """Return `partner`'s tensor, of the same shape, and give it this one."""
-        theirs = torch.empty_like(tensor)
-        works = dist.batch_isend_irecv(
-            [dist.P2POp(dist.isend, tensor, partner), dist.P2POp(dist.irecv, theirs, partner)]
-        )
         for work in works:
             work.wait()
-        return theirs
+
+    def add_partner(self, tensors: list[torch.Tensor], partner: int) -> None:
+        """Add `partner`'s tensors, of the same shapes, to these, and give it these; a bucket of them is under way at once."""
+        for bucket in buckets(tensors, BUCKET_BYTES):
+            theirs = torch.empty(
+                sum(tensor.numel() for tensor in bucket), dtype=bucket[0].dtype, device=bucket[0].device
+            )
+            parts = theirs.split([tensor.numel() for tensor in bucket])
+            operations = []
+            for tensor, part in zip(bucket, parts):
+                operations += [
+                    dist.P2POp(dist.isend, tensor.contiguous(), partner),
+                    dist.P2POp(dist.irecv, part, partner),
+                ]
+            for work in dist.batch_isend_irecv(operations):
+                work.wait()
+            for tensor, part in zip(bucket, parts):
+                tensor.add_(part.view_as(tensor))
 
     def copy_from_main(self, tensor: torch.Tensor) -> None:
         """Overwrite `tensor` with the main rank's, in place."""
