@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging as hub_logging
 
 from ekiden.checkpoint.manifest import NAME as MANIFEST
 from ekiden.checkpoint.manifest import Damaged, read_manifest, verify_folder
@@ -165,14 +166,17 @@ def _load_weights(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence transformers' load report: what it says here becomes an error's sentence."""
+    """Silence transformers' load report and bar: what it says here becomes an error's sentence."""
     logger = logging.getLogger("transformers")
-    level = logger.level
+    level, bar = logger.level, hub_logging.is_progress_bar_enabled()
     logger.setLevel(logging.CRITICAL)
+    hub_logging.disable_progress_bar()
     try:
         yield
     finally:
         logger.setLevel(level)
+        if bar:
+            hub_logging.enable_progress_bar()
 
 
 def _step(folder: Path) -> int | None:
