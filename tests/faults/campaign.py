@@ -22,9 +22,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from forked import Forked
 
 from ekiden.checkpoint import files
 from ekiden.checkpoint.manifest import read_manifest
@@ -120,7 +123,14 @@ def make_shards(folder: Path) -> Path:
         path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     corpus = [str(folder / "corpus")]
     train_tokenizer(corpus, str(folder / "tokenizer.model"), vocab_size=500, model_type="bpe")
-    preprocess(corpus, str(folder / "tokenizer.model"), str(folder / "shards"), test_split=0.05, num_proc=1)
+    with ThreadPoolExecutor(1) as executor:  # a worker process would import torch a second time
+        preprocess(
+            corpus,
+            str(folder / "tokenizer.model"),
+            str(folder / "shards"),
+            test_split=0.05,
+            executor=executor,
+        )
     return folder / "shards"
 
 
@@ -152,31 +162,20 @@ def trial(
     setup: Callable[[], object] | None = None,
 ) -> Trial:
     """Run `config` in a forked process, to be ended by SIGKILL after so many seconds, or by what `setup` did to it."""
-    child = os.fork()
-    if child == 0:
-        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(descriptor, 1)
-        os.dup2(descriptor, 2)
-        status = 1
-        try:
-            if setup is not None:
-                setup()
-            train(config)
-            status = 0
-        except BaseException as error:
-            os.write(2, f"\n{type(error).__name__}: {error}\n".encode())
-        finally:
-            os._exit(status)
-    deadline = time.monotonic() + kill_after if kill_after is not None else None
-    while True:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            code = os.waitstatus_to_exitcode(status)
-            return Trial(child, None if code == -signal.SIGKILL else code)
-        if deadline is not None and time.monotonic() >= deadline:
-            os.kill(child, signal.SIGKILL)
-            deadline = None
-        time.sleep(0.002)
+
+    def work() -> None:
+        if setup is not None:
+            setup()
+        train(config)
+
+    child = Forked(work, log)
+    if kill_after is not None:
+        deadline = time.monotonic() + kill_after
+        while child.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.002)
+        child.send(signal.SIGKILL)
+    code = child.wait(600)
+    return Trial(child.pid, None if code == -signal.SIGKILL else code)
 
 
 def outcome(run: Path) -> Outcome:

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-CAMPAIGN = Path(__file__).with_name("campaign.py")
+sys.path.insert(0, str(Path(__file__).parent))
+from campaign import whole
+from warm import KILLS
 
 
 @pytest.mark.parametrize("preset", ["gpt2-10m", "gemma3-tiny"])
-def test_killed_runs_end_bit_identical(preset: str) -> None:
-    """In a process of its own: it forks, and this one has threads."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, str(CAMPAIGN), "--kills", "6", "--preset", preset],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert '"passed": true' in done.stdout
+def test_killed_runs_end_bit_identical(
+    preset: str, short_campaign: Callable[..., list[dict[str, Any]]]
+) -> None:
+    rows = short_campaign(kills=preset)
+    assert sum(row["tries"] for row in rows) == KILLS
+    assert all(row["tries"] for row in rows)  # every kind of moment
+    assert all(whole(row) for row in rows), rows

@@ -11,13 +11,13 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from campaign import Outcome, outcome
+from forked import Forked, command
 
 from ekiden.checkpoint import files
 from ekiden.config import TrainConfig, to_yaml
@@ -36,16 +36,12 @@ def reference(settings: Settings, tmp_path: Path) -> Outcome:
     return outcome(tmp_path / "reference")
 
 
-def start(config: TrainConfig, folder: Path) -> subprocess.Popen[str]:
+def start(config: TrainConfig, folder: Path) -> Forked:
     """Start `ekiden train` as a user does."""
-    recipe = folder / f"recipe-{len(list(folder.glob('recipe-*')))}.yaml"
+    number = len(list(folder.glob("recipe-*")))
+    recipe = folder / f"recipe-{number}.yaml"
     recipe.write_text(to_yaml(config))
-    return subprocess.Popen(
-        [sys.executable, "-m", "ekiden", "train", str(recipe)],
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    return command(["train", str(recipe)], folder / f"log-{number}")
 
 
 @pytest.mark.parametrize("operation", ["create", "write", "fsync", "rename", "sync"])
@@ -79,11 +75,11 @@ def test_a_stopped_process_goes_on(settings: Settings, tmp_path: Path, reference
         time.sleep(0.01)
     for _ in range(5):
         if process.poll() is None:
-            process.send_signal(signal.SIGSTOP)
+            process.send(signal.SIGSTOP)
             time.sleep(0.1)
-            process.send_signal(signal.SIGCONT)
+            process.send(signal.SIGCONT)
             time.sleep(0.02)
-    assert process.wait(60) == 0
+    assert process.wait() == 0, process.log.read_text()
     assert outcome(tmp_path / "run") == reference
 
 
@@ -182,11 +178,10 @@ def test_two_trainers_on_one_run_directory(settings: Settings, tmp_path: Path) -
         assert first.poll() is None
         time.sleep(0.01)
     second = start(settings(5000), tmp_path)
-    _, said = second.communicate(timeout=60)
-    assert second.returncode == 1
+    assert second.wait() == 1
+    said = second.log.read_text()
     assert f"is in use by process {first.pid}" in said and "Traceback" not in said
     first.kill()
-    first.wait()
     steps = [int(p.name[5:]) for p in (tmp_path / "run" / "checkpoints").glob("step-*")]
     assert train(settings(max(steps, default=0) + 2)).status == "completed"
 

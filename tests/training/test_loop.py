@@ -6,9 +6,8 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from campaign import outcome
+from forked import command
 
 from ekiden.checkpoint import files
 from ekiden.config import TrainConfig, to_yaml
@@ -330,17 +330,14 @@ def test_a_second_signal_ends_at_once_and_costs_nothing(settings: Settings, tmp_
     config = settings(5000, save_steps=5)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(to_yaml(config))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "ekiden", "train", str(recipe)],
-        stderr=subprocess.PIPE,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    process = command(["train", str(recipe)], tmp_path / "log")
     checkpoints = tmp_path / "run" / "checkpoints"
     while not list(checkpoints.glob("step-*")):
         assert process.poll() is None
-    process.send_signal(signal.SIGTERM)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(60) in (128 + signal.SIGINT, 128 + signal.SIGTERM, 0)
+        time.sleep(0.002)
+    process.send(signal.SIGTERM)
+    process.send(signal.SIGINT)
+    assert process.wait() in (128 + signal.SIGINT, 128 + signal.SIGTERM, 0)
     config.max_steps = max(int(p.name[5:]) for p in checkpoints.glob("step-*")) + 3
     assert train(config).status == "completed"
 

@@ -1,0 +1,80 @@
+"""Processes forked from one that has imported everything: an import of torch costs 6 s of CPU, a fork nothing.
+
+What a test started as a program of its own only to kill, stop or signal it goes through here instead.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+
+class Forked:
+    """A child process that does `work` and ends with its status: 0, that of a SystemExit, or 1 with the error said.
+
+    Args:
+        log: takes what it writes to stdout and stderr, after what is there.
+    """
+
+    def __init__(self, work: Callable[[], object], log: Path) -> None:
+        self.log = log
+        self._status: int | None = None
+        self.pid = os.fork()
+        if self.pid == 0:
+            self._become(work)
+
+    def _become(self, work: Callable[[], object]) -> None:
+        descriptor = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+        # Under pytest they are not 1 and 2.
+        sys.stdout, sys.stderr = (io.TextIOWrapper(open(n, "wb", 0), write_through=True) for n in (1, 2))  # noqa: PTH123, SIM115
+        status = 1
+        try:
+            work()
+            status = 0
+        except SystemExit as end:
+            status = int(end.code or 0)
+        except BaseException as error:
+            os.write(2, f"\n{type(error).__name__}: {error}\n".encode())
+        finally:
+            os._exit(status)
+
+    def poll(self) -> int | None:
+        """Return how it ended, -N for signal N; None: it goes on."""
+        if self._status is None:
+            done, status = os.waitpid(self.pid, os.WNOHANG)
+            self._status = os.waitstatus_to_exitcode(status) if done else None
+        return self._status
+
+    def wait(self, seconds: float = 120) -> int:
+        """Return how it ended, which must be within so many seconds."""
+        deadline = time.monotonic() + seconds
+        while (status := self.poll()) is None:
+            if time.monotonic() > deadline:
+                os.kill(self.pid, signal.SIGKILL)
+                raise AssertionError(f"it did not end: {self.log.read_text()[-3000:]}")
+            time.sleep(0.002)
+        return status
+
+    def send(self, number: int) -> None:
+        """Send a signal, unless it has ended."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """End it."""
+        self.send(signal.SIGKILL)
+        self.wait()
+
+
+def command(arguments: list[str], log: Path) -> Forked:
+    """Start `ekiden ARGUMENTS` as a user does, in a fork."""
+    from ekiden.cli import main
+
+    return Forked(lambda: main(arguments), log)
