@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ekiden.errors import UserError
-from ekiden.tokenizer.huggingface import compare_tokenizers, save_huggingface_tokenizer
+from ekiden.tokenizer.huggingface import save_huggingface_tokenizer
 from ekiden.tokenizer.load import Tokenizer, load_tokenizer
 from ekiden.tokenizer.train import MAX_LINE_BYTES, train_tokenizer, training_lines
+
+sys.path.insert(0, str(Path(__file__).parent))
+from comparing import compare_tokenizers
 
 NASTY = st.text(
     st.one_of(
@@ -135,8 +139,6 @@ def test_a_converted_folder_loads_as_a_tokenizer_of_its_own(
     assert other.kind == "huggingface"
     assert (other.pad_id, other.eos_id, other.bos_id, other.unk_id) == (0, 1, 2, 3)
     assert other.encode("The river runs") == tiny.encode("The river runs")
-    other.save(tmp_path / "copy")
-    assert load_tokenizer(tmp_path / "copy").sha256 == other.sha256
 
 
 @pytest.mark.parametrize("data", [b"", b"garbage" * 100, b"\x0a\x0b\x0c"])

@@ -62,12 +62,6 @@ class Tokenizer:
         """Return the text of `ids`."""
         raise NotImplementedError
 
-    def save(self, folder: Path) -> None:
-        """Copy the tokenizer's own files into `folder`."""
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, data in self.files.items():
-            (folder / name).write_bytes(data)
-
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.files,)
 

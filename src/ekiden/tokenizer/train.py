@@ -139,7 +139,6 @@ def sample_corpus(
 
 def take(candidates: list[tuple[int, str]], budget: float) -> list[str]:
     """Return lines up to `budget` bytes; a language with less is repeated, at most 4 times, to weigh its share."""
-    size = sum(len(line.encode()) for _hash, line in candidates)
     chosen: list[str] = []
     while candidates and budget > 0 and len(chosen) < 4 * len(candidates):
         for _hash, line in candidates:
@@ -147,8 +146,6 @@ def take(candidates: list[tuple[int, str]], budget: float) -> list[str]:
             if budget < 0:
                 break
             chosen.append(line)
-        if size == 0:
-            break
     return chosen or [line for _hash, line in candidates[:1]]
 
 
