@@ -111,7 +111,8 @@ SPREAD = {
     "in a load": 40,
     "in the mirror's upload": 300,
 }
-"""The largest n drawn for each kind: about as many as a run of 30 steps has of them."""
+"""The largest n drawn for each kind: about as many as a run of STEPS steps has of them."""
+STEPS = 30
 
 
 def make_shards(folder: Path) -> Path:
@@ -211,7 +212,7 @@ def resumed_from(run: Path) -> dict[int, int]:
 
 
 def campaign(
-    preset: str, kills: int, shards: Path, folder: Path, steps: int = 30, seed: int = 0
+    preset: str, kills: int, shards: Path, folder: Path, steps: int = STEPS, seed: int = 0
 ) -> list[dict[str, Any]]:
     """Kill runs until there were `kills`, each kind of moment in turn; resume each to its end; compare.
 
@@ -247,7 +248,8 @@ def campaign(
             if sum(row["tries"] for row in rows.values()) >= kills:
                 done = trial(config, log)
             elif (kind := next(turns)) in AIMS:
-                done = trial(config, log, setup=Aim(kind, generator.randint(1, SPREAD[kind])).take)
+                most = max(1, SPREAD[kind] * steps // STEPS)
+                done = trial(config, log, setup=Aim(kind, generator.randint(1, most)).take)
             else:
                 done = trial(config, log, kill_after=generator.uniform(0, duration))
             began_at = resumed_from(run).get(done.pid, before)

@@ -20,5 +20,4 @@ def test_killed_runs_end_bit_identical(
 ) -> None:
     rows = short_campaign(kills=preset)
     assert sum(row["tries"] for row in rows) == KILLS
-    assert all(row["tries"] for row in rows)  # every kind of moment
     assert all(whole(row) for row in rows), rows
