@@ -134,3 +134,10 @@ def test_a_worker_that_dies_is_one_sentence(corpus: Path) -> None:
         pool.submit(os._exit, 1).result()
     with pytest.raises(UsageError, match="--num-proc must be at least 1"):
         inspect([str(corpus)], num_proc=0)
+
+
+def test_a_plot_that_cannot_be_written_is_refused_before_the_corpus_is_read(tmp_path: Path) -> None:
+    result = CliRunner().invoke(
+        corpus_command, ["inspect", str(tmp_path / "nowhere"), "--plot", "mixture.png"]
+    )
+    assert "--plot must name a file ending in .html, not mixture.png" in str(result.exception)

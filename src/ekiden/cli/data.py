@@ -124,8 +124,10 @@ def corpus_inspect(as_json: bool, plot: str | None, **options: Any) -> None:
 
     Example: ekiden corpus inspect shards --token-budget 1B
     """
-    from ekiden.tokens.inspect import inspect
+    from ekiden.tokens.inspect import check_plot, inspect
 
+    if plot is not None:
+        check_plot(plot)
     inspection = inspect(list(options.pop("corpus")), **options)
     click.echo(inspection.as_json() if as_json else inspection.describe())
     if plot is not None:

@@ -24,7 +24,7 @@ from ekiden.corpus.ledger import Ledger
 from ekiden.corpus.script import ScriptTally
 from ekiden.corpus.sources import discover
 from ekiden.errors import UsageError, UserError
-from ekiden.optional import require
+from ekiden.optional import check_installed, require
 from ekiden.progress import Progress, human_count, say
 from ekiden.tokenizer.load import Tokenizer, load_tokenizer
 from ekiden.tokens.format import TokenDataset
@@ -121,8 +121,7 @@ class Inspection:
         Raises:
             UserError: plotly is missing, or the name ends in something else.
         """
-        if not path.endswith(".html"):
-            raise UsageError(f"--plot must name a file ending in .html, not {path}")
+        check_plot(path)
         graph_objects = require("plotly.graph_objects", "--plot", extra="report")
         figure = graph_objects.Figure(
             [
@@ -151,6 +150,17 @@ class Inspection:
             raise UserError(
                 f"--plot {path} could not be written ({error.strerror}); give another file"
             ) from None
+
+
+def check_plot(path: str) -> None:
+    """Refuse a plot that could not be written before a corpus is read for it.
+
+    Raises:
+        UserError: plotly is missing, or the name ends in something else.
+    """
+    if not path.endswith(".html"):
+        raise UsageError(f"--plot must name a file ending in .html, not {path}")
+    check_installed("plotly", "--plot", extra="report")
 
 
 def inspect(
