@@ -65,13 +65,41 @@ RECIPES: dict[str, dict[str, Any]] = {
         "min_learning_rate_ratio": 0.1,
         "warmup_steps": 100,
     },
+    # nanoGPT's settings for small models (config/train_shakespeare_char.py), its rate too; GPT-2's initialisation in
+    # transformers is nanoGPT's. Not here: its dropout of 0.2, its 64 samples a step.
+    "nanogpt": {
+        "optimizer": "adamw",
+        "schedule": "cosine",
+        "initialization": "huggingface",
+        "weight_decay": 0.1,
+        "beta1": 0.9,
+        "beta2": 0.99,
+        "min_learning_rate_ratio": 0.1,
+        "warmup_steps": 100,
+    },
+    # nanochat's Muon, rates, momenta and schedule (karpathy/nanochat, gpt.py and base_train.py), on Ekiden's models: not its
+    # architecture, nor its untied embedding, whose rate of 0.2 a tied one cannot take; this has its output's, 0.004.
+    "nanochat": {
+        "weight_decay": 0.0,
+        "muon_momentum": 0.95,
+        "muon_first_momentum": 0.85,
+        "muon_momentum_steps": 300,
+        "beta1": 0.8,
+        "beta2": 0.95,
+        "adam_epsilon": 1e-10,
+        # 0.004 * sqrt(768 / width) where ours is rate * sqrt(256 / width).
+        "learning_rate": 0.004 * math.sqrt(3),
+        "warmup_steps": 0,
+        "decay_ratio": 0.2,
+        "min_learning_rate_ratio": 0.0,
+    },
     # What Ekiden does where nothing is set, with the plan's mixture; and by parts.
     "default": {},
     "adamw-scaled": {"optimizer": "adamw"},
     "muon-huggingface": {"initialization": "huggingface"},
     # The same on other mixtures: as the languages are, and Ekiden's own.
     "proportional": {"temperature": 1.0, "final_share": 0.0},
-    "mixed": {"temperature": 1.0, "final_temperature": 0.2, "final_share": 0.5},
+    "mixed": {"temperature": 1.0, "final_temperature": 1.0, "final_share": 0.6, "final_min_share": 0.2},
 }
 """What each recipe sets."""
 
@@ -79,6 +107,8 @@ BASELINE = "plan"
 RATES = {
     ("gemma3", "plan"): 0.016,
     ("gpt2", "plan"): 0.003,
+    ("gemma3", "nanogpt"): 0.001,
+    ("gpt2", "nanogpt"): 0.001,
     ("gemma3", "adamw-scaled"): 0.016,
     ("gpt2", "adamw-scaled"): 0.003,
 }
@@ -149,6 +179,7 @@ def train_one(run: Run, shards: Path, folder: Path, threads: int, evaluations: i
         "save_steps": 2 * every,
         "max_checkpoints": 2,
         "sample_tokens": 1,
+        "report": False,
     }
     place.mkdir(parents=True, exist_ok=True)
     with (

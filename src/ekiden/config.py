@@ -102,7 +102,11 @@ class TrainConfig:
     matrix_learning_rate: float = 0.02
     """Peak learning rate of muon's matrices, the same for every width."""
     muon_momentum: float = 0.95
-    """Muon's decay of the momentum."""
+    """Muon's decay of the momentum, from muon_momentum_steps on."""
+    muon_first_momentum: float = 0.6
+    """The same at step 0: at first the gradient's direction changes fast, and an old one is in the way."""
+    muon_momentum_steps: int = 300
+    """Steps in which the momentum rises on a line from the first to the last."""
     schedule: Literal["cosine", "wsd"] = "wsd"
     """Learning rate after the warm-up: cosine, or wsd: constant, then a line down over the last decay_ratio of the run."""
     decay_ratio: float = 0.6
@@ -114,10 +118,10 @@ class TrainConfig:
     min_learning_rate_ratio: float = 0.0
     """Learning rate at the last step, as a share of the peak."""
     warmup_steps: int = 100
-    """Steps of linear warm-up from 0; at most a tenth of the run is used."""
+    """Steps of linear warm-up from 0; at most a tenth of the run is used, with muon a fiftieth."""
     weight_decay: float = 0.1
     """Decoupled weight decay on matrices; vectors (norms, biases) have none."""
-    beta1: float = 0.9
+    beta1: float = 0.6
     """AdamW's decay of the first moment."""
     beta2: float = 0.95
     """AdamW's decay of the second moment."""

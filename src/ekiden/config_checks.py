@@ -22,7 +22,7 @@ POSITIVE = tuple(
 )
 NOT_NEGATIVE = tuple(
     "max_steps epochs eval_steps eval_tokens sample_steps sample_tokens save_steps warmup_steps weight_decay decay_steps "
-    "max_grad_norm max_rollbacks num_threads max_epochs_per_language".split()
+    "max_grad_norm max_rollbacks num_threads max_epochs_per_language muon_momentum_steps".split()
 )
 
 
@@ -54,7 +54,7 @@ def validate(config: TrainConfig) -> TrainConfig:
             raise UsageError(
                 f"--{name.replace('_', '-')} must be a share from 0 to 1, not {getattr(config, name)}"
             )
-    for name in ("muon_momentum", "beta1", "beta2"):
+    for name in ("muon_momentum", "muon_first_momentum", "beta1", "beta2"):
         if not 0 <= getattr(config, name) < 1:
             raise UsageError(
                 f"--{name.replace('_', '-')} must be from 0 to below 1, not {getattr(config, name)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from ekiden.config import TrainConfig, build_config, preset_names
 from ekiden.errors import UsageError, UserError
 from ekiden.training.history import read_history
 from ekiden.training.loop import train
-from ekiden.training.optimizer import learning_rate
+from ekiden.training.optimizer import learning_rate, muon_momentum
 from ekiden.training.recipe import SETTINGS, describe_recipe
 
 Settings = Callable[..., TrainConfig]
@@ -33,6 +34,7 @@ def test_wsd_is_constant_and_then_a_line_to_its_end() -> None:
     config = build_config(
         "gpt2-10m",
         schedule="wsd",
+        optimizer="adamw",
         learning_rate=1.0,
         warmup_steps=10,
         decay_ratio=0.25,
@@ -43,8 +45,11 @@ def test_wsd_is_constant_and_then_a_line_to_its_end() -> None:
     assert set(values[10:151]) == {1.0}
     assert values[150:] == pytest.approx([(200 - step) / 50 for step in range(150, 200)])
     # All of the run after the warm-up, and a run too short for either.
-    whole = build_config("gpt2-10m", schedule="wsd", decay_ratio=1.0, learning_rate=1.0, warmup_steps=10)
+    whole = dataclasses.replace(config, decay_ratio=1.0)
     assert learning_rate(15, whole, 100) < learning_rate(10, whole, 100) == 1.0
+    # Muon warms up for a fiftieth at most.
+    muon = dataclasses.replace(config, optimizer="muon")
+    assert [learning_rate(step, muon, 100) for step in range(3)] == [0.5, 1.0, 1.0]
     assert learning_rate(0, config, 1) == 1.0
 
 
@@ -54,6 +59,28 @@ def test_a_decay_falls_from_the_rate_it_found_whatever_was_before() -> None:
     assert learning_rate(39, config, 100, decay) == learning_rate(39, config, 100)
     values = [learning_rate(step, config, 50, decay) for step in range(40, 50)]
     assert values == pytest.approx([0.5 * (0.1 + 0.9 * (50 - step) / 10) for step in range(40, 50)])
+
+
+def test_the_momentum_rises_on_a_line_and_a_resumed_run_goes_on_with_it(
+    settings: Settings, tmp_path: Path
+) -> None:
+    config = build_config(
+        "gpt2-10m", muon_first_momentum=0.5, muon_momentum=0.9, muon_momentum_steps=4, optimizer="muon"
+    )
+    assert [muon_momentum(step, config) for step in range(7)] == pytest.approx(
+        [0.5, 0.6, 0.7, 0.8, 0.9, 0.9, 0.9]
+    )
+    assert muon_momentum(0, dataclasses.replace(config, muon_momentum_steps=0)) == 0.9
+    more = {"optimizer": "muon", "muon_first_momentum": 0.2, "muon_momentum_steps": 6, "decay_ratio": 0.01}
+    train(settings(3, output_dir=tmp_path / "parts", **more))
+    train(settings(6, output_dir=tmp_path / "parts", **more))
+    train(settings(6, output_dir=tmp_path / "once", **more))
+    train(settings(6, output_dir=tmp_path / "flat", **more | {"muon_first_momentum": 0.95}))
+    parts, once, flat = (
+        (tmp_path / name / "final_model" / "model.safetensors").read_bytes()
+        for name in ("parts", "once", "flat")
+    )
+    assert parts == once != flat
 
 
 def test_decay_from_closes_a_run_and_resumes_like_any_other(settings: Settings, tmp_path: Path) -> None:

@@ -94,7 +94,12 @@ def test_weight_decay_is_on_matrices_only(kind: str) -> None:
 
 def test_learning_rate_warms_up_and_decays_to_a_tenth() -> None:
     config = build_config(
-        "gpt2-10m", schedule="cosine", learning_rate=1.0, warmup_steps=10, min_learning_rate_ratio=0.1
+        "gpt2-10m",
+        schedule="cosine",
+        optimizer="adamw",
+        learning_rate=1.0,
+        warmup_steps=10,
+        min_learning_rate_ratio=0.1,
     )
     rates = [learning_rate(step, config, 200) for step in range(200)]
     assert rates[0] == pytest.approx(0.1)

@@ -1,7 +1,7 @@
 """The optimizer of a run and its learning rate.
 
-`training.start` builds the optimizer once from the model, `training.loop` asks for the learning rate of every step;
-both are pure functions of the settings (and of where a decay was begun), so that nothing of a schedule has to be kept
+`training.start` builds the optimizer once from the model, `training.loop` asks for learning rate and momentum of every
+step; both are pure functions of the settings (and of where a decay was begun), so that nothing of a schedule has to be kept
 in a checkpoint.
 """
 
@@ -99,12 +99,26 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate * group.get("lr_ratio", 1.0)
 
 
+def muon_momentum(step: int, config: TrainConfig) -> float:
+    """Return Muon's decay of the momentum at `step` (0-based): a line, then constant."""
+    part = min(1.0, step / config.muon_momentum_steps) if config.muon_momentum_steps else 1.0
+    return config.muon_first_momentum + part * (config.muon_momentum - config.muon_first_momentum)
+
+
+def set_momentum(optimizer: torch.optim.Optimizer, momentum: float) -> None:
+    """Give Muon's group its momentum; an optimizer without one stays as it is."""
+    for group in optimizer.param_groups:
+        if "momentum" in group:
+            group["momentum"] = momentum
+
+
 def learning_rate(
     step: int, config: TrainConfig, max_steps: int, decay: Sequence[float] | None = None
 ) -> float:
     """Return the learning rate of `step` (0-based) in a run of `max_steps` steps.
 
-    Linear warm-up over `warmup_steps` (at most a tenth of the run), then one of
+    Linear warm-up over `warmup_steps` (at most a tenth of the run; with Muon, whose first steps are no larger than
+    its others, a fiftieth), then one of
 
     * `cosine`: half a cosine down to `min_learning_rate_ratio` of the peak at the last step (Loshchilov & Hutter
       2017, arXiv:1608.03983);
@@ -119,7 +133,7 @@ def learning_rate(
     if decay and step >= decay[0]:
         first, steps, peak = decay
         return peak * (floor + (1 - floor) * max(0.0, first + steps - step) / steps)
-    warmup = min(config.warmup_steps, max_steps // 10)
+    warmup = min(config.warmup_steps, max_steps // (50 if config.optimizer == "muon" else 10))
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup
     if config.schedule == "cosine":
