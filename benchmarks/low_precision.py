@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 import ekiden
 from ekiden.config import build_config
-from ekiden.tokenizer import train_tokenizer
+from ekiden.tokenizer.train import train_tokenizer
 from ekiden.training.history import read_history
 
 SHAPE = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2, "head_dim": 32}
@@ -76,7 +76,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         corpus = Path(ekiden.__file__).parent / "sample_corpus"
-        train_tokenizer([str(corpus)], folder / "my.model", vocab_size=2000)
+        train_tokenizer([str(corpus)], str(folder / "my.model"), vocab_size=2000)
         ekiden.preprocess([str(corpus)], str(folder / "my.model"), str(folder / "shards"))
         for preset in ("gpt2-10m", "gemma3-tiny"):
             figures: dict[str, float] = {}

@@ -153,7 +153,11 @@ def run_page(page: Path, folder: Path, only: int | None = None) -> int:
         if "run-a" in command:
             for name in ("run-a", "run-b"):
                 shutil.copytree(folder / "run", folder / name, dirs_exist_ok=True)
-        words = shlex.split(tiny(command))
+        words = []
+        for word in shlex.split(tiny(command)):  # what a shell does with a *
+            words += (
+                sorted(str(path.relative_to(folder)) for path in folder.glob(word)) if "*" in word else [word]
+            )
         result = subprocess.run(
             [sys.executable, "-m", *words],
             cwd=folder,
