@@ -61,6 +61,8 @@ class TrainConfig:
     """Linear position scaling of Gemma 3's global layers (8 for the 4B shape)."""
     max_length: int = 512
     """Tokens in one sample, and the context length the model is trained for."""
+    document_mask: bool = False
+    """Tokens attend to their own document only, where a sample holds parts of several; positions run on."""
     initialization: Literal["huggingface", "scaled"] = "scaled"
     """Weights at step 0: transformers' own, or scaled so that every block starts quiet beside the residual stream."""
 

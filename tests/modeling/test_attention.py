@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch.utils._pytree import tree_iter
 from transformers import PreTrainedModel
 
 from ekiden.config import TrainConfig, build_config
+from ekiden.errors import UserError
 from ekiden.modeling.attention import (
     CANDIDATES,
     MATH,
@@ -19,13 +21,15 @@ from ekiden.modeling.attention import (
     Kernel,
     attention_name,
     choose_attention,
+    document_boundary,
+    document_numbers,
     install,
     planned_attention,
     run_kernel,
 )
 from ekiden.modeling.build import body, build_model, hidden_states
 from ekiden.modeling.device import named_precision
-from ekiden.modeling.prepare import checkpoint_activations
+from ekiden.modeling.prepare import checkpoint_activations, prepare_model
 
 CPU, FP32 = torch.device("cpu"), named_precision("fp32")
 FLASH = CANDIDATES[0]
@@ -95,6 +99,62 @@ def test_chunks_under_recomputation_are_the_same_bits() -> None:
     plain = states_and_gradients(model, ids)
     checkpoint_activations(model)
     assert all(torch.equal(a, b) for a, b in zip(plain, states_and_gradients(model, ids)))
+
+
+# -- documents ----------------------------------------------------------------------------------------------------
+
+EOS, BOS = 1, 2
+
+
+def packed(length: int, *ends: int) -> torch.Tensor:
+    """Return two windows of tokens: one with EOS at `ends`, one without any."""
+    ids = tokens(length)
+    for end in ends:
+        ids[0, end] = EOS
+    return ids
+
+
+@pytest.mark.parametrize("kernel", [FLASH, MATH], ids=str)
+@pytest.mark.parametrize(("length", "window"), [(15, 16), (45, 16), (45, 7), (48, 16)])
+def test_documents_attend_as_if_alone(length: int, window: int, kernel: Kernel) -> None:
+    """Gemma 3's positions are relative, so a document is what it would be in a window of its own."""
+    model = made(shape("gemma3-tiny", length, window))
+    ids = packed(length, 4, 5, 11)  # a document of one token too
+    alone = [hidden_states(model, part) for part in ids[:1].split([5, 1, 6, length - 12], dim=1)]
+    whole = hidden_states(model, ids[1:])
+    install(model, Attention(kernel, kernel, window, (EOS, True)))
+    found = hidden_states(model, ids)
+    assert torch.allclose(found[:1], torch.cat(alone, dim=1), rtol=1e-9, atol=1e-9)
+    assert torch.allclose(found[1:], whole, rtol=1e-9, atol=1e-9)
+
+
+def test_documents_of_gpt2_keep_their_positions() -> None:
+    model, ids = made(shape("gpt2-10m", 24)), packed(24, 9)
+    blocked = torch.ones(2, 1, 24, 24, dtype=torch.bool).tril()
+    blocked[0, :, 10:, :10] = False
+    expected = body(model)(input_ids=ids, attention_mask=blocked, use_cache=False).last_hidden_state
+    install(model, Attention(FLASH, FLASH, None, (EOS, True)))
+    assert torch.allclose(hidden_states(model, ids), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_a_document_begins_after_its_end_or_at_its_begin() -> None:
+    ids = torch.tensor([[5, BOS, 6, EOS, 7, EOS, EOS, 8]])
+    assert document_numbers(ids, EOS, ends=True).tolist() == [[0, 0, 0, 0, 1, 1, 2, 3]]
+    assert document_numbers(ids, BOS, ends=False).tolist() == [[0, 1, 1, 1, 1, 1, 1, 1]]
+    settings = SimpleNamespace(eos_token_id=EOS, bos_token_id=BOS)
+    assert document_boundary(settings) == (EOS, True)
+    settings.eos_token_id = None
+    assert document_boundary(settings) == (BOS, False)
+    settings.bos_token_id = None
+    with pytest.raises(UserError, match="--document-mask needs a tokenizer with an EOS or a BOS"):
+        document_boundary(settings)
+
+
+def test_prepare_takes_the_setting() -> None:
+    config = shape("gpt2-10m", 16, document_mask=True)
+    model = build_model(config, 64, 0, BOS, EOS, seed=3)
+    prepare_model(model, config, CPU, FP32)
+    assert model.attention == Attention(FLASH, FLASH, None, (EOS, True))
 
 
 class Operations(TorchDispatchMode):

@@ -50,6 +50,8 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, calls: int) -> None:
         {"cpu_offload": True, "optimizer_moments": "8bit", "activation_checkpointing": True},
         {"optimizer_moments": "bf16", "optimizer": "muon"},
         {"sliding_window": 10, "activation_checkpointing": True},
+        {"document_mask": True, "sliding_window": 10},
+        {"document_mask": True, "preset": "gpt2-10m"},
         pytest.param({"compile": "on", "sliding_window": 10}, marks=pytest.mark.slow),
         pytest.param({"compile": "on", "activation_checkpointing": True}, marks=pytest.mark.slow),
     ],

@@ -29,6 +29,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import sdpa_mask
 
 from ekiden.config import TrainConfig
+from ekiden.errors import UserError
 from ekiden.modeling.device import Precision
 
 NAME = "ekiden"
@@ -112,6 +113,21 @@ class Attention:
 def chunk_of(window: int) -> int:
     """Return the queries of a chunk: half a window, so that it looks at 1.5 windows (a whole one: at 2)."""
     return window // 2 if window % 2 == 0 else window
+
+
+def document_boundary(settings: Any) -> tuple[int, bool]:
+    """Return the token id that parts documents in the shards, and whether it ends them: EOS, else BOS, which begins them.
+
+    Raises:
+        UserError: the tokenizer has neither.
+    """
+    if settings.eos_token_id is not None:
+        return settings.eos_token_id, True
+    if settings.bos_token_id is not None:
+        return settings.bos_token_id, False
+    raise UserError(
+        "--document-mask needs a tokenizer with an EOS or a BOS piece, by which documents are told apart; leave it out"
+    )
 
 
 def document_numbers(input_ids: torch.Tensor, token: int, ends: bool) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ekiden.config import TrainConfig
-from ekiden.modeling.attention import Attention, choose_attention, install
+from ekiden.modeling.attention import Attention, choose_attention, document_boundary, install
 from ekiden.modeling.build import blocks, body, hidden_states
 from ekiden.modeling.device import Precision
 from ekiden.modeling.fp16 import protect_from_overflow
@@ -33,7 +33,8 @@ def prepare_model(
             untried: they have no weights on the device yet.
         attention: as it is; None: chosen by trying.
     """
-    install(model, attention or choose_attention(config, device, precision))
+    boundary = document_boundary(model.config) if config.document_mask else None
+    install(model, attention or choose_attention(config, device, precision, boundary))
     if precision.dtype == torch.float16:
         protect_from_overflow(model)
     if config.activation_checkpointing:

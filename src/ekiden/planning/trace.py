@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from ekiden.config import TrainConfig
-from ekiden.modeling.attention import planned_attention
+from ekiden.modeling.attention import document_boundary, planned_attention
 from ekiden.modeling.build import build_model, parameter_counts
 from ekiden.modeling.device import Precision
 from ekiden.modeling.prepare import prepare_model
@@ -128,7 +128,8 @@ def traced_peak(config: TrainConfig, vocab_size: int, precision: Precision, micr
         with FakeTensorMode(allow_non_fake_inputs=True):
             materialise(model)
             eager = dataclasses.replace(config, compile="off")
-            attention = planned_attention(config)
+            boundary = document_boundary(model.config) if config.document_mask else None
+            attention = planned_attention(config, boundary)
             prepare_model(model, eager, torch.device("cpu"), precision, attention=attention)
             optimizer = build_optimizer(model, config)
             watch_parts(model, optimizer, ledger, config.cpu_offload)

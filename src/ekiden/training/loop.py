@@ -22,6 +22,7 @@ from ekiden.evaluation.loss import format_evaluation
 from ekiden.progress import Progress, human_count, human_duration, say
 from ekiden.training.evaluating import Evaluator
 from ekiden.training.facts import Clock
+from ekiden.training.feed import Later
 from ekiden.training.history import History, UnwrittenHistory
 from ekiden.training.interruption import REASONS, Interruption
 from ekiden.training.launch import launch
@@ -128,6 +129,7 @@ class Trainer:
         self.step_seconds = 0.0
         self.last_loss: float | None = None
         self.stopped_for: str | None = None
+        self.save_asked = False
         self.verified_resume = self.start.resumed_step is None
         if ranks.main:
             run.write_config(config)
@@ -144,6 +146,7 @@ class Trainer:
         self.stepper = Stepper(self.start, self.history, self.directory, self.ranks)
         self.evaluator = Evaluator(self.start, self.ranks)
         self.logged_at = (self.counters.step, self.counters.seconds)
+        self.unseen: list[tuple[int, StepFigures, Later]] = []
 
     # -- the session ------------------------------------------------------------------------------------------
 
@@ -200,11 +203,15 @@ class Trainer:
                     continue
                 self.saving.check()
                 reason, save = self._requests()
+                self.save_asked |= save
+                if (reason or save) and self._look_back():
+                    continue
                 if reason and self.counters.step < last:
                     return reason
                 # Not amid bad steps: a roll-back should go to before them.
                 due = self._due(self.config.save_steps) and self.counters.bad_in_row == 0
-                if due or save:
+                if due or self.save_asked:
+                    self.save_asked = False
                     self._save(wait=not self.config.background_save)
         finally:
             progress.close()
@@ -217,16 +224,35 @@ class Trainer:
         if figures is None:
             self._go_back_smaller()
             return None
-        skipped = bool(figures.skipped)
+        self.unseen.append((self.counters.step, figures, Later(figures.skipped)))
+        went_back = self._look_back(leave=0 if self._anything_due() else 1)
         seconds = time.perf_counter() - began
         self.step_seconds = max(seconds, 0.9 * self.step_seconds)
-        self.counters.seconds += seconds
         self.clock.add("training", seconds)
-        if not skipped:
-            self.counters.bad_in_row = 0
-        elif self._skipped_step(figures):
+        if went_back:
             return None
+        self.counters.seconds += seconds
         return figures
+
+    def _look_back(self, leave: int = 0) -> bool:
+        """See which steps were skipped, but for the newest `leave`; return True after a roll-back.
+
+        The device works on a step while the host looks at the one before. Nothing is logged, evaluated or saved of a
+        step that was not looked at; a roll-back undoes the one that came too late.
+        """
+        while len(self.unseen) > leave:
+            step, figures, skipped = self.unseen.pop(0)
+            if not skipped.read():
+                self.counters.bad_in_row = 0
+            elif self._skipped_step(step, figures):
+                return True
+        return False
+
+    def _anything_due(self) -> bool:
+        """Return whether something is made of this step that has to know how it ended."""
+        config, step = self.config, self.counters.step
+        every = (config.log_steps, config.eval_steps, config.sample_steps, config.save_steps)
+        return step in (1, self.start.max_steps) or any(map(self._due, every))
 
     def _records(self, figures: StepFigures) -> dict[str, object]:
         """Log, evaluate and sample where this step is due; return the figures to show."""
@@ -265,7 +291,7 @@ class Trainer:
         self.counters.microbatch_schedule.append([self.counters.step, smaller])
         say(f"the optimizer's update of step {step} did not fit; back at step {self.counters.step}")
 
-    def _skipped_step(self, figures: StepFigures) -> bool:
+    def _skipped_step(self, step: int, figures: StepFigures) -> bool:
         """Count a step whose loss or gradient was not finite; return True after a roll-back.
 
         A GradScaler's own skips (finite loss, overflowed gradient) are how it finds its scale, and are only recorded.
@@ -276,17 +302,17 @@ class Trainer:
         config, counters = self.config, self.counters
         loss = float(figures.loss)
         counters.skipped_steps += 1
-        self.history.event("skip", counters.step, loss=loss, grad_norm=float(figures.grad_norm))
+        self.history.event("skip", step, loss=loss, grad_norm=float(figures.grad_norm))
         if self.state.scaler is not None and math.isfinite(loss):
             return False
         counters.bad_in_row += 1
-        say(f"step {counters.step}: loss {loss} or its gradient is not finite; the update was skipped")
+        say(f"step {step}: loss {loss} or its gradient is not finite; the update was skipped")
         if counters.bad_in_row < config.max_bad_steps:
             return False
-        first_bad = counters.step - counters.bad_in_row
+        first_bad = step - counters.bad_in_row
         if counters.rollbacks >= config.max_rollbacks:
             raise UserError(
-                f"{counters.bad_in_row} steps in a row without a finite loss up to step {counters.step}, after "
+                f"{counters.bad_in_row} steps in a row without a finite loss up to step {step}, after "
                 f"{counters.rollbacks} roll-backs; lower --learning-rate or look at the data of these steps"
             )
         self._roll_back(first_bad, counters.bad_in_row)
@@ -357,6 +383,7 @@ class Trainer:
         self.history.event("resume-verified", step, bit_exact=before == loss)
 
     def _save(self, wait: bool) -> None:
+        assert not self.unseen, "a roll-back may be due"
         with self.clock.span("saving"):
             self.saving.save(self.last_loss, wait)
 

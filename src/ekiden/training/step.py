@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from ekiden.modeling.build import head_weight, hidden_states, inside_forward
 from ekiden.modeling.device import Precision
 from ekiden.modeling.loss import chunked_cross_entropy
+from ekiden.training.feed import on_device
 from ekiden.training.optimizer import set_learning_rate
 
 fault_hook: Callable[[int, str], None] | None = None
@@ -62,8 +63,7 @@ def accumulate_gradients(
     """
     device = head_weight(model).device
     loss_sum = torch.zeros((), dtype=torch.float32, device=device)
-    for index, (inputs, targets) in enumerate(microbatches, first_index):
-        input_ids, target_ids = _to_device(inputs, device), _to_device(targets, device)
+    for index, (input_ids, target_ids) in enumerate(on_device(microbatches, device), first_index):
         if fault_hook:
             fault_hook(index, "forward")
         with torch.autocast(device.type, precision.dtype, enabled=precision.dtype != torch.float32):
@@ -86,11 +86,6 @@ def summed_loss(
     return chunked_cross_entropy(
         hidden.reshape(-1, hidden.shape[-1]), head_weight(model), target_ids.reshape(-1), chunk
     )
-
-
-def _to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def apply_update(
