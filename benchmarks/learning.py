@@ -187,7 +187,9 @@ def train_one(run: Run, shards: Path, folder: Path, threads: int, evaluations: i
         contextlib.redirect_stderr(log),
         contextlib.redirect_stdout(log),
     ):
-        train(build_config(SHAPES[run.family]["preset"], **{**settings, **run_settings}))
+        ended = train(build_config(SHAPES[run.family]["preset"], **{**settings, **run_settings}))
+    if ended.status != "completed":
+        raise SystemExit(f"{run.name} was stopped ({ended.reason}); the same command goes on with it")
     per_step = steps and run.tokens // steps
     records = list(read_history(place / "history.jsonl"))
     evaluated = [record for record in records if record["kind"] == "eval"]
