@@ -46,6 +46,12 @@ window.ekiden = (() => {
     return bands.concat(lines);
   }
 
+  // Every chart has the same steps below it.
+  function steps() {
+    const last = Math.max(1, ...runs.map(r => r.step));
+    return [-.01 * last, 1.015 * last];
+  }
+
   function layout(more) {
     const axis = { gridcolor: css("--line"), zerolinecolor: css("--line"), linecolor: css("--line"), tickfont: { size: 11 } };
     return { paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: css("--ink"), size: 12 }, autosize: true,
@@ -64,8 +70,8 @@ window.ekiden = (() => {
     const ready = Plotly.react(`plot-${chart.id}`, list, layout({
       showlegend: legend, legend: { orientation: "h", y: chart.wide ? -.14 : -.2, yanchor: "top", font: { size: 11 } },
       margin: { l: 52, r: 14, t: 8, b: legend ? 56 : 36 }, shapes: shapes(), uirevision: runs.map(r => r.name).join(),
-      xaxis: { title: { text: "step", font: { size: 11 }, standoff: 4 } },
-      yaxis: { type: chart.log ? "log" : "linear", rangemode: chart.zero ? "tozero" : "normal", tickformat: chart.percent ? ".0%" : "",
+      xaxis: { title: { text: "step", font: { size: 11 }, standoff: 4 }, range: steps() },
+      yaxis: { type: chart.log ? "log" : "linear", dtick: chart.log ? "D2" : undefined, rangemode: chart.zero ? "tozero" : "normal", tickformat: chart.percent ? ".0%" : "",
         exponentformat: "power", minexponent: 4 },
       yaxis2: { overlaying: "y", range: [0, 1], visible: false, fixedrange: true },
     }), options);
