@@ -17,23 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ekiden.errors import UserError
+from ekiden.kaggle.signin import TIMEOUT_SECONDS, Ambiguous, KaggleError, signed_in
 from ekiden.progress import human_duration, say
 
 Result = TypeVar("Result")
 
-TIMEOUT_SECONDS = 120.0
-"""Of one request; the client itself would wait for ever on a connection that died."""
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS, TRIES = 2.0, 300.0, 60
 """Between tries of a request that failed in passing: 2 s, then twice as long up to 5 minutes, 4 hours together."""
-
-
-class KaggleError(UserError):
-    """Kaggle refused something or could not be reached."""
-
-
-class Ambiguous(KaggleError):
-    """A request may or may not have been carried out: its answer was lost."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +61,7 @@ class Kaggle:
 
     def __init__(self, wait: Callable[[float], None] = time.sleep) -> None:
         self._wait = wait
-        self._api = self._retry("signing in", _signed_in)
+        self._api = self._retry("signing in", signed_in)
         self.user = str(self._api.config_values[self._api.CONFIG_NAME_USER])
 
     def _retry(self, what: str, work: Callable[[], Result], once: bool = False) -> Result:
@@ -117,6 +107,7 @@ class Kaggle:
         timeout, quiet = str(timeout_seconds), contextlib.redirect_stdout(io.StringIO())
 
         def work() -> Any:
+            """Push once."""
             with quiet:
                 return self._api.kernels_push(str(folder), timeout, accelerator)
 
@@ -150,6 +141,7 @@ class Kaggle:
         owner, slug = ref.split("/")
 
         def work() -> str:
+            """Ask once."""
             with self._api.build_kaggle_client() as client:
                 request = ApiGetKernelRequest()
                 request.user_name, request.kernel_slug = owner, slug
@@ -158,6 +150,7 @@ class Kaggle:
         return self._unless_missing(f"source of {ref}", work, "")
 
     def _unless_missing(self, what: str, work: Callable[[], Result], missing: Result) -> Result:
+        """Do `work`; return `missing` where Kaggle says that there is no such thing (403 or 404)."""
         try:
             return self._retry(what, work)
         except KaggleError as error:
@@ -176,6 +169,7 @@ class Kaggle:
         while True:
 
             def work(token: str = token) -> Any:
+                """Ask for one page."""
                 with self._api.build_kaggle_client() as client:
                     request = ApiListKernelSessionOutputRequest()
                     request.user_name, request.kernel_slug = owner, slug
@@ -203,6 +197,7 @@ class Kaggle:
         half.unlink(missing_ok=True)
 
         def work() -> None:
+            """Ask for what is still missing."""
             have = half.stat().st_size if half.exists() else 0
             headers = {"Range": f"bytes={have}-"} if have else {}
             with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT_SECONDS) as answer:
@@ -225,6 +220,7 @@ class Kaggle:
         quiet = contextlib.redirect_stdout(io.StringIO())
 
         def work() -> None:
+            """Delete it once."""
             with quiet:
                 self._api.kernels_delete(ref, no_confirm=True)
 
@@ -271,6 +267,7 @@ class Kaggle:
         """Download one small file of a dataset into `folder`."""
 
         def work() -> None:
+            """Download it once."""
             with contextlib.redirect_stdout(io.StringIO()):
                 self._api.dataset_download_file(ref, name, path=str(folder), force=True, quiet=True)
 
@@ -376,46 +373,3 @@ def _advice(code: int) -> str:
     if code == 403:
         return "; is the name right, and the account verified by phone?"
     return ""
-
-
-def _signed_in() -> Any:
-    """Return an authenticated KaggleApi.
-
-    Raises:
-        KaggleError: the package is missing, or signing in failed.
-    """
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
-            from kaggle.api.kaggle_api_extended import KaggleApi
-    except ImportError as error:
-        raise KaggleError(f"Kaggle's client is missing ({error}); pip install 'ekiden[kaggle]'") from None
-
-    class PatientApi(KaggleApi):  # type: ignore[misc]
-        """The client, whose requests end."""
-
-        def build_kaggle_client(self) -> Any:
-            client = super().build_kaggle_client()
-            client.http_client()._init_session()
-            _limit(client.http_client()._session)
-            return client
-
-    api = PatientApi()
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            api.authenticate()
-    except SystemExit:
-        raise KaggleError(
-            "Kaggle knows no credentials: set KAGGLE_API_TOKEN to a token from kaggle.com/settings, or run "
-            "`kaggle auth login`"
-        ) from None
-    return api
-
-
-def _limit(session: Any) -> None:
-    """Give every request of a session a time limit."""
-    send = session.send
-
-    def limited(request: Any, **options: Any) -> Any:
-        return send(request, **{**options, "timeout": options.get("timeout") or TIMEOUT_SECONDS})
-
-    session.send = limited
