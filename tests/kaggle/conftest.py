@@ -59,12 +59,18 @@ def packed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
 
 @pytest.fixture(scope="session")
-def reference(shards: Path, recipe: str, tmp_path_factory: pytest.TempPathFactory) -> campaign.Outcome:
-    """Return what one uninterrupted run leaves."""
+def reference_run(shards: Path, recipe: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the run directory of one uninterrupted run."""
     run = tmp_path_factory.mktemp("reference") / "run"
     settings = {**parse_yaml(recipe, "recipe"), "dataset_path": str(shards), "output_dir": str(run)}
     train(build_config(**settings))
-    return campaign.outcome(run)
+    return run
+
+
+@pytest.fixture(scope="session")
+def reference(reference_run: Path) -> campaign.Outcome:
+    """Return what one uninterrupted run leaves."""
+    return campaign.outcome(reference_run)
 
 
 @pytest.fixture

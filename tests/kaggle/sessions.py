@@ -50,13 +50,15 @@ class Zygote:
 @dataclass
 class Faults:
     """What goes wrong in a session. kill_after: seconds after which the wall comes. exit_status: of the script, whatever it
-    did. gpus: how many nvidia-smi lists. stop_after_steps: training is asked to pause after so many."""
+    did. gpus: how many nvidia-smi lists. stop_after_steps: training is asked to pause after so many. litter: bytes of a file
+    that it leaves beside its output."""
 
     kill_after: float = 600
     exit_status: int | None = None
     gpus: int = 1
     stop_after_steps: int = 0
     hide_inputs: bool = False
+    litter: int = 0
 
 
 @dataclass
@@ -64,7 +66,7 @@ class Session:
     """One run of a script; `run` returns Kaggle's status, message and, where kept, the output folder.
 
     inputs: folder of each input by its kind and name ("datasets/owner/slug", "notebooks/owner/slug"). flat: the older
-    layout of mounts.
+    layout of mounts. output_bytes: that the script left; more than output_limit are lost.
     """
 
     folder: Path
@@ -76,6 +78,7 @@ class Session:
     faults: Faults = field(default_factory=Faults)
     log: str = ""
     verdict_text: str = "{}"
+    output_bytes: int = 0
 
     @property
     def working(self) -> Path:
@@ -102,8 +105,11 @@ class Session:
         self.log = (self.folder / "log").read_text(errors="replace")
         if self._input_state() != before:
             status, message = "ERROR", "the script wrote to its inputs"
-        size = sum(path.stat().st_size for path in self.working.rglob("*") if path.is_file())
-        if status == "COMPLETE" and size > self.output_limit:
+        if self.faults.litter:
+            (self.working / "litter").write_bytes(b"")
+            os.truncate(self.working / "litter", self.faults.litter)
+        self.output_bytes = sum(path.stat().st_size for path in self.working.rglob("*") if path.is_file())
+        if status == "COMPLETE" and self.output_bytes > self.output_limit:
             status, message = "ERROR", "Output exceeds the limit."
         with contextlib.suppress(OSError):
             self.verdict_text = (self.working / "result.json").read_text()

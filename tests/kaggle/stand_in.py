@@ -77,6 +77,7 @@ class StandIn:
         self.lose_files: list[str] = []
         self.expired_uploads: list[str] = []
         self.settle = 0
+        self.output_limit = 20_000_000_000
         self.hold_seconds = 0.0  # that a session waits for its machine
         self.unsettled: dict[str, int] = {}
         self.quota = {"used": 0.0, "allowed": 108_000.0, "refresh": time.time() + 86_400}
@@ -235,7 +236,7 @@ class StandIn:
         fault.faults.stop_after_steps = self.steps_a_leg
         flat = self.numbers % 3 == 0
         session = version.session = Session(
-            folder, version.source, inputs, self.python, flat, faults=fault.faults
+            folder, version.source, inputs, self.python, flat, self.output_limit, fault.faults
         )
         began = time.monotonic()
         time.sleep(self.hold_seconds)

@@ -97,7 +97,11 @@ TOKEN_BUDGET = click.option(
     "--token-budget", help="Tokens of the whole run: 500M, 2B. Default: the recipe's max_steps or epochs."
 )
 GPUS = click.option(
-    "--gpus", type=int, default=2, show_default=True, help="GPUs a session must have; 0: train on the CPU."
+    "--gpus",
+    type=click.IntRange(min=0),
+    default=2,
+    show_default=True,
+    help="GPUs a session must have; 0: train on the CPU.",
 )
 
 
@@ -148,7 +152,11 @@ def notebook(recipe: str | None, output: str, refs: str, prompts: tuple[str, ...
 )
 @click.option("--leg-time", default="11h", show_default=True, help="Length of a leg, of Kaggle's 12 hours.")
 @click.option(
-    "--poll-seconds", type=float, default=60.0, show_default=True, help="Between two looks at a session."
+    "--poll-seconds",
+    type=click.FloatRange(min=0, min_open=True),
+    default=60.0,
+    show_default=True,
+    help="Between two looks at a session.",
 )
 def relay(
     recipe: str | None, relay_dir: str, refs: str, leg_time: str, poll_seconds: float, **options: Any
@@ -181,11 +189,10 @@ def status(relay_dir: str, offline: bool) -> None:
 
     Example: ekiden kaggle status
     """
-    from ekiden.kaggle.client import Kaggle
-    from ekiden.kaggle.results import describe, load_relay
+    from ekiden.kaggle.results import describe, load_relay, quota_now
 
     state = load_relay(relay_dir)
-    click.echo(describe(state, None if offline or not state.settings.gpus else Kaggle().quota()))
+    click.echo(describe(state, None if offline or not state.settings.gpus else quota_now()))
 
 
 @kaggle.command(context_settings=CONTEXT)

@@ -24,6 +24,8 @@ Result = TypeVar("Result")
 
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS, TRIES = 2.0, 300.0, 60
 """Between tries of a request that failed in passing: 2 s, then twice as long up to 5 minutes, 4 hours together."""
+SIGN_IN_TRIES = 4
+"""14 seconds."""
 
 
 @dataclass(frozen=True)
@@ -53,15 +55,18 @@ class Kaggle:
     """A signed-in client.
 
     Args:
-        wait: sleeps for so many seconds (tests replace it).
+        wait: sleeps for so many seconds (tests replace it). tries: of a request that fails in passing.
 
     Raises:
         KaggleError: the package is missing, or there are no credentials that Kaggle accepts.
     """
 
-    def __init__(self, wait: Callable[[float], None] = time.sleep) -> None:
+    def __init__(self, wait: Callable[[float], None] = time.sleep, tries: int = TRIES) -> None:
         self._wait = wait
+        # Somebody waits for the first answer: without a network it is a sentence, not four hours.
+        self._tries = min(SIGN_IN_TRIES, tries)
         self._api = self._retry("signing in", signed_in)
+        self._tries = tries
         self.user = str(self._api.config_values[self._api.CONFIG_NAME_USER])
 
     def _retry(self, what: str, work: Callable[[], Result], once: bool = False) -> Result:
@@ -76,7 +81,7 @@ class Kaggle:
         import requests
 
         delay, problem = FIRST_WAIT_SECONDS, ""
-        for _ in range(TRIES):
+        for left in reversed(range(self._tries)):
             try:
                 return work()
             except requests.HTTPError as error:
@@ -88,9 +93,11 @@ class Kaggle:
                     raise KaggleError(f"Kaggle, {what}: {problem}{_advice(code)}") from error
                 delay = max(delay, _retry_after(error.response))
             except (requests.RequestException, OSError) as error:
-                problem = f"{type(error).__name__}: {_first_line(error)}"
+                problem = _short(error)
                 if once:
                     raise Ambiguous(f"Kaggle, {what}: {problem}; run the same command again") from None
+            if not left:
+                break
             say(f"Kaggle, {what}: {problem}; trying again in {human_duration(delay)}")
             self._wait(delay)
             delay = min(LONGEST_WAIT_SECONDS, 2 * delay)
@@ -360,6 +367,17 @@ def _first_line(error: BaseException) -> str:
     """Return the first line of an exception's message, without what follows a query (signed addresses are secrets)."""
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return re.sub(r"\?\S+", "", line)[:300]
+
+
+def _short(error: Exception) -> str:
+    """Return what failed without an answer, in few words: the library's own say addresses, objects and causes."""
+    import requests
+
+    if isinstance(error, requests.Timeout):
+        return "no answer in time"
+    if isinstance(error, requests.ConnectionError):
+        return "Kaggle cannot be reached, or the connection broke"
+    return f"{type(error).__name__}: {_first_line(error)}"
 
 
 def _retry_after(response: Any) -> float:

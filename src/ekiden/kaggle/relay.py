@@ -234,7 +234,10 @@ class Relay:
         elif len(fruitless) >= MAX_FRUITLESS:
             self._forgive()
             reasons = "; ".join(f"{a.outcome}: {a.reason}" for a in fruitless[-3:])
-            raise UserError(f"leg {last.leg} was pushed {len(fruitless)} times without progress ({reasons})")
+            raise UserError(
+                f"leg {last.leg} was pushed {len(fruitless)} times without progress ({reasons}); see "
+                f"kaggle.com/code/{self.state.ref(last.slug)}, and start the relay again"
+            )
         else:
             self.patience.wait(self.patience.poll)
 
@@ -266,7 +269,9 @@ class Relay:
                 say(f"leg {attempt.leg}: had been pushed to {ref}")
                 self._pushed(attempt)
                 return
-        attempt.tried = True
+        else:
+            self._check_free(attempt, ref)
+        attempt.tried, attempt.reason = True, ""
         self._save()
         with tempfile.TemporaryDirectory() as name:
             write_push(Path(name), self.state, attempt)
@@ -287,6 +292,19 @@ class Relay:
         say(
             f"leg {attempt.leg}: pushed to {ref}, version {answer.version}, for {human_duration(attempt.seconds)}"
         )
+
+    def _check_free(self, attempt: Attempt, ref: str) -> None:
+        """Leave a script of the same name that is not this relay's alone: another relay may go on from its output.
+
+        Raises:
+            UserError: there is one.
+        """
+        used = any(other.slug == attempt.slug for other in self.state.attempts[:-1])
+        source = "" if used else self.kaggle.source(ref)
+        if source and self.state.id not in source:
+            raise UserError(
+                f"{ref} is there already and not of this relay; give another --name and --relay-dir, or delete it on kaggle.com"
+            )
 
     def _pushed(self, attempt: Attempt) -> None:
         attempt.state, attempt.pushed = "running", attempt.pushed or now()
@@ -310,6 +328,7 @@ class Relay:
             say(f"leg {attempt.leg}: {error} Waiting for one to end.")
             self.patience.wait(10 * self.patience.poll)
         else:
+            attempt.reason = error
             self._save()
             raise KaggleError(f"Kaggle refused leg {attempt.leg}: {error}")
 

@@ -98,6 +98,15 @@ def _fetch_folder(folder: str, listed: dict[str, str], kaggle: Kaggle, run: Path
 # -- status -----------------------------------------------------------------------------------------------------------
 
 
+def quota_now() -> Quota | None:
+    """Return this week's quota; None, with the reason said, where Kaggle does not tell it within seconds."""
+    try:
+        return Kaggle(tries=3).quota()
+    except KaggleError as error:
+        say(f"this week's quota is not known: {error}")
+        return None
+
+
 def describe(state: RelayState, quota: Quota | None) -> str:
     """Return the table that `ekiden kaggle status` prints: sessions, progress, quota, what is left."""
     rows = [

@@ -64,7 +64,7 @@ def require_gpus(count: int) -> None:
     names = gpu_names()
     say("; ".join(names) or "no GPU")
     if len(names) < count:
-        raise Ended("no-gpu", f"{len(names)} GPUs found, {count} needed")
+        raise Ended("no-gpu", f"{len(names)} GPU{'s' * (len(names) != 1)} found, {count} needed")
 
 
 NEEDED = "click filelock fsspec huggingface_hub numpy orjson psutil pyarrow yaml safetensors sentencepiece tokenizers".split()

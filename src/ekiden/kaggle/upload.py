@@ -71,7 +71,7 @@ def upload(
     pack = plan_pack(root, name, max_part_bytes, chunk_bytes)
     staging = staging or Path(tempfile.gettempdir()) / "ekiden-kaggle" / name
     refs = []
-    say(f"{root}: {pack.total_bytes / 1e9:.3g} GB in {pack.parts} part(s)")
+    say(f"{root}: {pack.total_bytes / 1e6:,.2f} MB in {pack.parts} part(s)")
     for part in range(1, pack.parts + 1):
         ref = f"{kaggle.user}/{name}-{part}"
         _upload_part(pack, part, ref, kaggle, staging / str(part), wait)
@@ -148,13 +148,18 @@ def fingerprint_of(refs: list[str], kaggle: Kaggle) -> str:
     """Return the fingerprint of the pack that lies in datasets `refs`.
 
     Raises:
-        KaggleError: one is missing or holds no pack, or they are parts of different ones.
+        UsageError: one is not owner/name. KaggleError: one is missing or holds no pack, or they are parts of different
+            ones.
     """
     found: dict[str, str] = {}
     parts = 0
     for ref in refs:
+        if not re.fullmatch(r"[^/\s]+/[^/\s]+", ref):
+            raise UsageError(f"--corpus must be owner/name, or several with commas between, not {ref!r}")
         if PACK_MANIFEST not in kaggle.dataset_files(ref):
-            raise KaggleError(f"dataset {ref} is not there or not packed; use `ekiden kaggle corpus upload`")
+            raise KaggleError(
+                f"dataset {ref} is not there for {kaggle.user}, or not packed; use `ekiden kaggle corpus upload`"
+            )
         with tempfile.TemporaryDirectory() as folder:
             manifest = json.loads(kaggle.dataset_file(ref, PACK_MANIFEST, Path(folder)).read_bytes())
         found[ref], parts = str(manifest["fingerprint"]), int(manifest["parts"])
