@@ -2,9 +2,11 @@
 
     python tests/image/run.py --folder /tmp/images [--image torch-2.10] [--tests tests/training tests/kaggle]
 
-Each environment weighs about 8 GB (PyPI's torch brings CUDA's libraries along; it runs on a CPU too) and is kept in
-`--folder`. Ekiden is installed as Kaggle would get it: its wheel without dependencies, and of these only what the image
-lacks. Whatever of the image has another version afterwards is a failure. The last line printed is one JSON object.
+Each environment weighs 5 to 8 GB and is kept in `--folder`: PyPI's torch brings CUDA's libraries along, which it needs even
+to be imported, and runs on a CPU, too. Differences that remain: torch 2.11 is built for CUDA 13 there and for 12.8 in the
+image, and of the image's several hundred packages only those below are installed. Ekiden is installed as Kaggle would get
+it: its wheel without dependencies, and of these only what the image lacks. Whatever of the image has another version
+afterwards is a failure. The last line printed is one JSON object.
 """
 
 from __future__ import annotations
@@ -23,11 +25,19 @@ ROOT = Path(__file__).parents[2]
 SHARED = "click filelock fsspec orjson packaging psutil pyyaml requests tqdm xxhash zstandard"
 IMAGES = {
     # googlecolab/backend-info, pip-freeze.gpu.txt of 2026-05-14: Kaggle's image v170.
-    "torch-2.10": "torch==2.10.0 transformers==5.0.0 tokenizers==0.22.2 numpy==2.0.2 pyarrow==18.1.0 safetensors==0.7.0 "
-    "sentencepiece==0.2.1 huggingface_hub==1.11.0 protobuf==5.29.5 hf-xet==1.4.3",
+    "torch-2.10": (
+        "3.12",
+        "torch==2.10.0 transformers==5.0.0 tokenizers==0.22.2 numpy==2.0.2 pandas==2.2.2 pyarrow==18.1.0 safetensors==0.7.0 "
+        "sentencepiece==0.2.1 huggingface_hub==1.11.0 protobuf==5.29.5 hf-xet==1.4.3 accelerate==1.13.0 datasets==4.0.0 "
+        "kaggle==2.0.2 kagglesdk==0.1.20 matplotlib",
+    ),
     # The same of 2026-08-19: what came after it.
-    "torch-2.11": "torch==2.11.0 transformers==5.15.0 tokenizers==0.22.2 numpy==2.1.3 pyarrow==18.1.0 safetensors==0.8.0 "
-    "sentencepiece==0.2.2 huggingface_hub==1.27.0 protobuf==5.29.5 hf-xet==1.6.0",
+    "torch-2.11": (
+        "3.13",
+        "torch==2.11.0 transformers==5.15.0 tokenizers==0.22.2 numpy==2.1.3 pandas==2.2.3 pyarrow==18.1.0 safetensors==0.8.0 "
+        "sentencepiece==0.2.2 huggingface_hub==1.27.0 protobuf==5.29.5 hf-xet==1.6.0 accelerate==1.14.0 datasets==4.0.0 "
+        "kaggle==2.0.2 kagglesdk==0.1.37 matplotlib",
+    ),
 }
 TOOLS = "pytest pytest-timeout hypothesis pytest-xdist"
 
@@ -39,6 +49,16 @@ def frozen(python: Path) -> dict[str, str]:
     ).stdout
     pairs = (line.split("==", 1) for line in listed.splitlines() if "==" in line)
     return {name.lower().replace("_", "-"): version for name, version in pairs}
+
+
+def interpreter_of(version: str) -> str:
+    """Return an installed Python of a version; the running one, said aloud, where there is none."""
+    kept = sorted(Path("~/.pyenv/versions").expanduser().glob(f"{version}.*/bin/python"))
+    for found in (shutil.which(f"python{version}"), *map(str, kept)):
+        if found and not subprocess.run([found, "--version"], capture_output=True, check=False).returncode:
+            return found
+    print(f"no Python {version} here: {sys.version.split()[0]} takes its place")
+    return sys.executable
 
 
 def make_image(folder: Path, pins: str, interpreter: str) -> Path:
@@ -112,13 +132,14 @@ def main() -> None:
     )
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "ekiden-images")
     parser.add_argument("--image", action="append", choices=sorted(IMAGES), help="default: all")
-    parser.add_argument("--python", default=sys.executable, help="the images have 3.12 and 3.13")
+    parser.add_argument("--python", help="interpreter of new environments; default: the image's version")
     parser.add_argument("--tests", nargs="*", default=["tests"])
     options = parser.parse_args()
     rows = []
     source = snapshot(Path(tempfile.mkdtemp(prefix="ekiden-image-")))
     for name in options.image or sorted(IMAGES):
-        python = make_image(options.folder / name, IMAGES[name], options.python)
+        version, pins = IMAGES[name]
+        python = make_image(options.folder / name, pins, options.python or interpreter_of(version))
         before = frozen(python)
         added = install_ekiden(python, source)
         after = frozen(python)
