@@ -5,7 +5,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+# How long an example takes is a matter of the machine: no test fails for it.
+hypothesis.settings.register_profile("ekiden", deadline=None)
+hypothesis.settings.load_profile("ekiden")
 
 TEXT = [
     "The river runs past the old mill and turns the wheel all day, even when nobody grinds flour any more.",

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("distributed")
+# Not "distributed": a folder of these tests has that name, too.
+pytest.importorskip("distributed.client", reason="needs dask: pip install 'ekiden[dask]'")
 
 from ekiden.errors import UserError
 from ekiden.tokenizer.train import train_tokenizer
