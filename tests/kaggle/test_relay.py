@@ -184,7 +184,7 @@ def killed_relay(ready: StandIn, packed: dict[str, Path], tmp_path: Path, kills:
         process = begin(ready, packed, tmp_path)
         try:
             # Imports take a second or two; most of what there is to hit comes then.
-            code = process.wait(generator.uniform(0.2, 6.0) if done < kills else 200)
+            code = process.wait(generator.uniform(0.2, 6.0) if done < kills else 1000)
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             process.wait()
