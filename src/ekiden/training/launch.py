@@ -32,6 +32,9 @@ from ekiden.training.interruption import BEGAN, SIGNALS, process_age
 from ekiden.training.ranks import PeerLost
 from ekiden.training.rundir import TrainResult
 
+SHUTDOWN_SECONDS = 120
+"""That the other ranks have to end, and to save, once one of them has failed or the parent is gone."""
+
 
 def launch(config: TrainConfig) -> TrainResult:
     """Train with `config.devices` processes; return when all have ended.
@@ -65,7 +68,7 @@ def launch(config: TrainConfig) -> TrainResult:
 def _run(config: TrainConfig, recipe: Path) -> int:
     command = [sys.executable, "-m", "ekiden.training.launch", "--standalone"]
     command += [f"--nproc-per-node={config.devices}", f"--max-restarts={config.max_restarts}"]
-    command += ["--shutdown-timeout=120", "--module", "ekiden", "train", str(recipe)]
+    command += ["--module", "ekiden", "train", str(recipe)]
     environment = {**os.environ, BEGAN: str(time.clock_gettime(time.CLOCK_BOOTTIME) - process_age())}
     # In a session of its own: Ctrl-C reaches the parent alone, which passes it on once.
     process = subprocess.Popen(
@@ -141,8 +144,11 @@ def main() -> None:
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     for name in ("torch.distributed.elastic", "torch.distributed.run"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    arguments = parse_args(sys.argv[1:])
+    if hasattr(arguments, "shutdown_timeout"):  # torch 2.10 and 2.11 have none, and leave 30 s
+        arguments.shutdown_timeout = SHUTDOWN_SECONDS
     try:
-        run(parse_args(sys.argv[1:]))
+        run(arguments)
     except ChildFailedError as error:
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
         dead = [
