@@ -153,7 +153,7 @@ def test_one_sentence_for_each_mistake(
     with pytest.raises(UserError, match="holds no files"):
         upload(tmp_path / "empty", "my-corpus", kaggle)
     monkeypatch.setenv("KAGGLE_API_TOKEN", "KGAT_another")
-    with pytest.raises(KaggleError, match="Kaggle knows no credentials") as error:
+    with pytest.raises(KaggleError, match="Kaggle does not accept the token in KAGGLE_API_TOKEN") as error:
         Kaggle()
     assert "KGAT" not in str(error.value) and TOKEN not in str(error.value)
 
