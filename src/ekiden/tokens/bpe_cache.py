@@ -6,25 +6,33 @@ side by side in no piece, nothing is ever merged across it, so the ids of both s
 and the ids of the whole are theirs one after the other. That holds for the normalised text, which therefore is what
 gets cut: SentencePiece's own `normalize` makes it (escaping spaces is the whole of it for models that keep text as it
 is), and the units are encoded by the same model with normalisation switched off. Unigram models have no such borders:
-their float32 sums run over the whole document and decide its ties.
+their float32 sums run over the whole document and decide its ties (`unigram_search`).
 
-`tokens.build` asks `refusal` first, which compares both on nasty strings and on texts of the corpus; a worker puts the
-cache before its tokenizer and compares the beginning of every unit again (`check`).
+`exact` says how it is compared with SentencePiece.
 """
 
 from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
-from ekiden.tokenizer.load import SENTENCEPIECE_FILE, SentencePieceTokenizer, Tokenizer, encode_texts
+from ekiden.tokenizer.load import SentencePieceTokenizer, Tokenizer, encode_texts
+from ekiden.tokens.exact import (
+    ESCAPED,
+    NORMAL,
+    SPACE,
+    UNUSED,
+    USER_DEFINED,
+    Normalizer,
+    NotProvable,
+    model_of,
+    separable,
+)
 
-SPACE, ESCAPED = " ", "\u2581"
-_NORMAL, _USER_DEFINED, _UNUSED = 1, 4, 5  # the types of pieces that text can become
 _SLOTS = {1: 1 << 18, 2: 1 << 18, 4: 1 << 18, 8: 1 << 16}
 """Slots of the tables, by words of 8 bytes: for units up to 7, 15, 31 and 63 bytes. Longer ones are encoded each time.
 A table of one word, which most units fit in, makes known text a third faster."""
@@ -37,28 +45,6 @@ _COUNT_BITS = 24
 _PADDING = bytes(8 * max(_SLOTS))
 _MIX = [np.uint64((0x9E3779B97F4A7C15 + 0x7A2C6B5E4D3F1E08 * i) % 2**64) for i in range(max(_SLOTS))]
 """Odd multipliers. A poor hash would cost time, never an id: keys are compared whole."""
-
-
-class NotProvable(Exception):
-    """It is not known that the ids of this model's units are those of the text; the message says why."""
-
-
-class Differs(Exception):
-    """The cache gave other ids than SentencePiece, which has not happened yet; the message says for which text."""
-
-
-NASTY = [
-    "",
-    " ",
-    "a",
-    "  two  spaces \n\t\r\n tabs\u00a0and\u3000others ",
-    "\u2581literal \u2581\u2581 marks",
-    "<s> </s> <unk> <pad> <0x41>",
-    "e\u0301\u0323 \u0915\u094d\u200d\u0937 \u0930\u093c \ufb01 \u2460 \u00bd \uff21 \u212b",
-    "\U0001f468\u200d\U0001f469\u200d\U0001f467 \U00020000\U0010fffd\u0000\u0001\x7f\ufeff\ufffd",
-    "a" * 200 + " " * 70 + "\u0915" * 100 + "0123456789" * 20,
-]
-"""Compared at every start, beside the corpus: what a text can hold that a corpus's beginning need not show."""
 
 
 class BpeCache:
@@ -74,21 +60,14 @@ class BpeCache:
         if not isinstance(tokenizer, SentencePieceTokenizer) or tokenizer.model_type != "bpe":
             raise NotProvable("it is no SentencePiece BPE model")
         import sentencepiece
-        from sentencepiece import sentencepiece_model_pb2
 
-        proto: Any = sentencepiece_model_pb2
-        model = proto.ModelProto()
-        model.ParseFromString(tokenizer.files[SENTENCEPIECE_FILE])
+        model = model_of(tokenizer)
         spec = model.normalizer_spec
-        if not spec.escape_whitespaces:
-            raise NotProvable("its spaces are not escaped")
-        self._normalize: Callable[[list[str]], list[str]] | None = None
-        if spec.precompiled_charsmap or spec.add_dummy_prefix or spec.remove_extra_whitespaces:
-            self._normalize = tokenizer.processor.normalize
+        self._normalize = Normalizer(tokenizer, spec)
         pieces = [
             piece.piece.replace(ESCAPED, SPACE)
             for piece in model.pieces
-            if piece.type in (_NORMAL, _USER_DEFINED, _UNUSED)
+            if piece.type in (NORMAL, USER_DEFINED, UNUSED)
         ]
         self._left, self._right = border_masks(pieces)
         spec.precompiled_charsmap = b""
@@ -106,13 +85,7 @@ class BpeCache:
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         """Return the ids of each text, int32."""
-        if self._normalize is not None and texts:
-            texts = self._normalize(texts)
-        # A literal U+2581 is a space to SentencePiece.
-        datas = [(text.replace(ESCAPED, SPACE) if ESCAPED in text else text).encode() for text in texts]
-        borders = np.cumsum([0, *map(len, datas)])
-        data = b"".join(datas)
-        del datas
+        data, borders = self._normalize(texts)
         if not data:
             return [np.empty(0, dtype=np.int32) for _ in texts]
         starts = self._unit_starts(data, borders)
@@ -313,8 +286,7 @@ def border_masks(pieces: list[str]) -> tuple[bytes, bytes]:
     look-ups of a byte each find the cuts of a text (4 ns a byte instead of 9). Rows are joined by what both allow,
     those first that lose the fewest cuts; measured loss: 1 to 4 % of the cuts.
     """
-    allowed = np.ones((256, 256), dtype=bool)
-    allowed[:, 0x80:0xC0] = False  # not within a character
+    allowed = separable(pieces)
     last, first = np.full(256, 1e-9), np.full(256, 1e-9)  # how often a byte ends or begins a piece, about
     encoded = [data for data in map(str.encode, pieces) if data]
     joined = np.frombuffer(b"".join(encoded), dtype=np.uint8)
@@ -322,10 +294,6 @@ def border_masks(pieces: list[str]) -> tuple[bytes, bytes]:
     share = 1 / np.arange(1, len(encoded) + 1)
     np.add.at(last, joined[ends - 1], share)
     np.add.at(first, joined[np.concatenate([[0], ends[:-1]])], share)
-    within = np.ones(len(joined), dtype=bool)
-    within[ends - 1] = False
-    within = np.flatnonzero(within)
-    allowed[joined[within], joined[within + 1]] = False
     unique, member = np.unique(allowed, axis=0, return_inverse=True)
     rows = unique.astype(np.float32)
     weights = np.bincount(member, weights=last, minlength=len(rows)).astype(np.float32)
@@ -358,32 +326,4 @@ def separator_of(pieces: list[str], processor: Any) -> tuple[str, int] | None:
             ids = processor.encode(character)
             if len(ids) == 1 and ids[0] != processor.unk_id():
                 return character, ids[0]
-    return None
-
-
-def differing_text(cache: BpeCache, tokenizer: Tokenizer, texts: list[str]) -> str | None:
-    """Return the first text whose ids differ, None where all are the same."""
-    pairs = zip(texts, cache.encode_batch(texts), tokenizer.encode_batch(texts))
-    return next((text for text, mine, theirs in pairs if not np.array_equal(mine, theirs)), None)
-
-
-def check(cache: BpeCache, tokenizer: Tokenizer, texts: list[str]) -> None:
-    """Compare the ids of some texts.
-
-    Raises:
-        Differs: they are not the same.
-    """
-    text = differing_text(cache, tokenizer, texts)
-    if text is not None:
-        raise Differs(repr(text[:60]))
-
-
-def refusal(tokenizer: Tokenizer, texts: list[str]) -> str | None:
-    """Return in words why a tokenizer is used without a cache, None where the cache gave its ids for all of `texts`."""
-    try:
-        check(BpeCache(tokenizer), tokenizer, [*NASTY, *texts])
-    except NotProvable as reason:
-        return str(reason)
-    except Differs as text:
-        return f"it gave other ids for {text}"
     return None

@@ -24,9 +24,10 @@ from ekiden.corpus.sources import discover
 from ekiden.errors import UsageError, UserError
 from ekiden.progress import Progress, human_count, say
 from ekiden.tokenizer.load import SentencePieceTokenizer, Tokenizer, load_tokenizer
-from ekiden.tokens.bpe_cache import Differs, refusal
 from ekiden.tokens.cluster import dask_executor
 from ekiden.tokens.dedupe import leaks, remove_duplicates
+from ekiden.tokens.encoders import NAMES, refusal
+from ekiden.tokens.exact import Differs, NotProvable
 from ekiden.tokens.format import SPLITS, Shard, Split, TokenDataset, dump_description
 from ekiden.tokens.output_folder import (
     RECEIPTS,
@@ -158,8 +159,14 @@ def build_all(
     cached = takes_cache(units, tokenizer, settings)
     try:
         build_units(units, tokenizer.sha256, settings, folder, pool, cached)
+    except NotProvable as reason:  # a worker on another machine
+        say(f"a worker has no {NAMES[tokenizer.model_type]} ({reason}); going on without it")
+        cached = False
+        build_units(units, tokenizer.sha256, settings, folder, pool, cached)
     except Differs as text:
-        say(f"the BPE cache gave other ids than SentencePiece for {text}; building again without it")
+        say(
+            f"the {NAMES[tokenizer.model_type]} gave other ids than SentencePiece for {text}; building again without it"
+        )
         cached = False
         forget(units, folder)
         build_units(units, tokenizer.sha256, settings, folder, pool, cached)
@@ -170,12 +177,14 @@ def build_all(
 
 
 def takes_cache(units: list[Unit], tokenizer: Tokenizer, settings: Settings) -> bool:
-    """Return whether a `BpeCache` may give the ids: a SentencePiece BPE model, and all compared texts agree."""
-    if not isinstance(tokenizer, SentencePieceTokenizer) or tokenizer.model_type != "bpe":
+    """Return whether an exact encoder may give the ids: a BPE or unigram model, and all compared texts agree."""
+    if not isinstance(tokenizer, SentencePieceTokenizer) or tokenizer.model_type not in NAMES:
         return False
     why = refusal(tokenizer, sampled_texts(units, settings.txt_documents))
     if why is not None:
-        say(f"this tokenizer is used without the BPE cache: {why}; the ids are the same, it takes longer")
+        say(
+            f"this tokenizer is used without the {NAMES[tokenizer.model_type]}: {why}; the ids are the same, it takes longer"
+        )
     return why is None
 
 
@@ -194,7 +203,7 @@ def build_units(
     """Build every unit that has no receipt.
 
     Raises:
-        Differs: the cache gave other ids; no worker is at work any more.
+        Differs, NotProvable: of a worker's exact encoder; no worker is at work any more.
     """
     todo = [unit for unit in units if not (folder / RECEIPTS / unit.name).exists()]
     if len(todo) < len(units):
@@ -206,7 +215,7 @@ def build_units(
     }
     try:
         follow(futures, sum(unit.bytes for unit in units), folder)
-    except Differs:
+    except (Differs, NotProvable):
         for future in futures:
             future.cancel()
         wait(futures)

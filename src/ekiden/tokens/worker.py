@@ -30,8 +30,9 @@ from ekiden.corpus.ledger import Ledger
 from ekiden.corpus.script import ScriptTally
 from ekiden.errors import UserError
 from ekiden.tokenizer.load import Tokenizer, load_tokenizer
-from ekiden.tokens.bpe_cache import BpeCache, check
 from ekiden.tokens.dedupe import Window, dropped
+from ekiden.tokens.encoders import exact_encoder
+from ekiden.tokens.exact import Encoder, check
 from ekiden.tokens.format import SPLITS, ShardWriter, token_dtype
 from ekiden.tokens.output_folder import RECEIPTS, TOKENIZER
 from ekiden.tokens.units import Settings, Unit, split_of
@@ -96,9 +97,9 @@ def worker_tokenizer(folder: Path, sha256: str) -> Tokenizer:
 
 
 @functools.lru_cache(maxsize=1)
-def worker_cache(folder: Path, sha256: str) -> BpeCache:
-    """Return the cache before the tokenizer in `folder`; what it has learnt stays from unit to unit."""
-    return BpeCache(worker_tokenizer(folder, sha256))
+def worker_cache(folder: Path, sha256: str) -> Encoder:
+    """Return the exact encoder before the tokenizer in `folder`; what it has learnt stays from unit to unit."""
+    return exact_encoder(worker_tokenizer(folder, sha256))
 
 
 def build_unit(
@@ -107,10 +108,11 @@ def build_unit(
     """Turn one unit into its shards, leave a receipt, and return its documents and tokens. Runs in a worker.
 
     Args:
-        cached: a `BpeCache` gives the ids.
+        cached: an exact encoder gives the ids.
 
     Raises:
         Differs: not the tokenizer's, as the beginning of the unit showed.
+        NotProvable: this machine has no such encoder.
     """
     tokenizer = worker_tokenizer(folder / TOKENIZER, tokenizer_sha256)
     cache = worker_cache(folder / TOKENIZER, tokenizer_sha256) if cached else None

@@ -1,0 +1,83 @@
+"""The compiled search of `unigram_search` (`kernel.c`), where there is a C compiler.
+
+Compiled once for a machine, at the first use (about a second), into the user's cache folder, under a name that
+holds the hash of the source, the compiler and the kind of machine; never with options for one processor, so that a home
+folder may be shared. Without a compiler, or with EKIDEN_KERNEL=0, everything works as well and gives the same ids, only
+slower: `library` is None.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+SOURCE = Path(__file__).with_name("kernel.c")
+OPTIONS = ["-O3", "-shared", "-fPIC", "-std=c11", "-ffp-contract=off", "-fno-fast-math"]
+COMPILE_SECONDS = 60
+
+_I8, _I32, _I64, _U64 = (
+    np.ctypeslib.ndpointer(kind, flags="C_CONTIGUOUS") for kind in (np.uint8, np.int32, np.int64, np.uint64)
+)
+_F32 = np.ctypeslib.ndpointer(np.float32, flags="C_CONTIGUOUS")
+_NUMBER, _INT, _POINTER, _BYTES = ctypes.c_int64, ctypes.c_int32, ctypes.c_void_p, ctypes.c_char_p
+
+
+_FUNCTIONS = {
+    "unigram_new": (
+        _POINTER,
+        [_BYTES, _I64, _I32, _F32, _INT, ctypes.c_float, _INT, _I32, _I8, ctypes.c_float, _NUMBER],
+    ),
+    "unigram_free": (None, [_POINTER]),
+    "unigram_encode": (_NUMBER, [_POINTER, _BYTES, _I64, _NUMBER, _U64, _I32, _I64]),
+}
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """Return the compiled functions; None where there is no compiler, or it does not compile them."""
+    if os.environ.get("EKIDEN_KERNEL") == "0" or platform.machine() not in ("x86_64", "aarch64", "arm64"):
+        return None
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        return None
+    try:
+        found = ctypes.CDLL(str(_compiled(compiler)))
+    except (OSError, subprocess.SubprocessError):
+        return None
+    for name, (result, arguments) in _FUNCTIONS.items():
+        function = getattr(found, name)
+        function.restype, function.argtypes = result, arguments
+    return found
+
+
+def _compiled(compiler: str) -> Path:
+    """Return the shared library, compiling it where this machine has none.
+
+    Raises:
+        OSError, subprocess.SubprocessError: it cannot be compiled or kept.
+    """
+    source = SOURCE.read_bytes()
+    what = " ".join([*OPTIONS, os.path.realpath(compiler), platform.machine(), platform.system()])
+    name = hashlib.sha256(source + what.encode()).hexdigest()
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ekiden"
+    path = folder / f"kernel-{name[:24]}.so"
+    if path.exists() and path.stat().st_uid == os.getuid():
+        return path
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        made = Path(temporary) / "kernel.so"
+        subprocess.run(
+            [compiler, *OPTIONS, str(SOURCE), "-o", str(made)],
+            check=True, capture_output=True, timeout=COMPILE_SECONDS,
+        )  # fmt: skip
+        made.replace(path)  # at once: another process may be loading it
+    return path
