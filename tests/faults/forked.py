@@ -6,6 +6,7 @@ What a test started as a program of its own only to kill, stop or signal it goes
 from __future__ import annotations
 
 import io
+import multiprocessing
 import os
 import signal
 import sys
@@ -14,43 +15,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-class Forked:
-    """A child process that does `work` and ends with its status: 0, that of a SystemExit, or 1 with the error said.
+class Child:
+    """A process on its way; `log` takes what it writes to stdout and stderr, after what is there."""
 
-    Args:
-        log: takes what it writes to stdout and stderr, after what is there.
-    """
-
-    def __init__(self, work: Callable[[], object], log: Path) -> None:
+    def __init__(self, log: Path) -> None:
         self.log = log
-        self._status: int | None = None
-        self.pid = os.fork()
-        if self.pid == 0:
-            self._become(work)
+        self.pid = self.start()
 
-    def _become(self, work: Callable[[], object]) -> None:
-        descriptor = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(descriptor, 1)
-        os.dup2(descriptor, 2)
-        # Under pytest they are not 1 and 2.
-        sys.stdout, sys.stderr = (io.TextIOWrapper(open(n, "wb", 0), write_through=True) for n in (1, 2))  # noqa: PTH123, SIM115
-        status = 1
-        try:
-            work()
-            status = 0
-        except SystemExit as end:
-            status = int(end.code or 0)
-        except BaseException as error:
-            os.write(2, f"\n{type(error).__name__}: {error}\n".encode())
-        finally:
-            os._exit(status)
+    def start(self) -> int:
+        """Start it; return its process id."""
+        raise NotImplementedError
 
     def poll(self) -> int | None:
         """Return how it ended, -N for signal N; None: it goes on."""
-        if self._status is None:
-            done, status = os.waitpid(self.pid, os.WNOHANG)
-            self._status = os.waitstatus_to_exitcode(status) if done else None
-        return self._status
+        raise NotImplementedError
 
     def wait(self, seconds: float = 120) -> int:
         """Return how it ended, which must be within so many seconds."""
@@ -73,8 +51,75 @@ class Forked:
         self.wait()
 
 
-def command(arguments: list[str], log: Path) -> Forked:
-    """Start `ekiden ARGUMENTS` as a user does, in a fork."""
+class Forked(Child):
+    """A fork of this process, which may have no threads, nor have had backward passes in any (autograd refuses).
+
+    It does `work` and ends with its status: 0, that of a SystemExit, or 1 with the error said.
+    """
+
+    def __init__(self, work: Callable[[], object], log: Path) -> None:
+        self.work = work
+        self._status: int | None = None
+        super().__init__(log)
+
+    def start(self) -> int:
+        """Fork."""
+        pid = os.fork()
+        if pid == 0:
+            become(self.work, self.log)
+        return pid
+
+    def poll(self) -> int | None:
+        """Return how it ended, -N for signal N; None: it goes on."""
+        if self._status is None:
+            done, status = os.waitpid(self.pid, os.WNOHANG)
+            self._status = os.waitstatus_to_exitcode(status) if done else None
+        return self._status
+
+
+def become(work: Callable[[], object], log: Path) -> None:
+    """Do `work` with this process's output in `log`, and end the process."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    # Under pytest they are not 1 and 2.
+    sys.stdout, sys.stderr = (io.TextIOWrapper(open(n, "wb", 0), write_through=True) for n in (1, 2))  # noqa: PTH123, SIM115
+    status = 1
+    try:
+        work()
+        status = 0
+    except SystemExit as end:
+        status = int(end.code or 0)
+    except BaseException as error:
+        os.write(2, f"\n{type(error).__name__}: {error}\n".encode())
+    finally:
+        os._exit(status)
+
+
+class Command(Child):
+    """`ekiden ARGUMENTS` as a user starts it, forked from a server that has imported everything and done nothing else.
+
+    Not from pytest's own process, where other tests have trained.
+    """
+
+    def __init__(self, arguments: list[str], log: Path) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["ekiden.training.loop", "ekiden.cli.training"])
+        self._process = context.Process(target=_run, args=(arguments, log), daemon=True)
+        super().__init__(log)
+
+    def start(self) -> int:
+        """Ask the server for a fork."""
+        self._process.start()
+        assert self._process.pid is not None
+        return self._process.pid
+
+    def poll(self) -> int | None:
+        """Return how it ended, -N for signal N; None: it goes on."""
+        return self._process.exitcode
+
+
+def _run(arguments: list[str], log: Path) -> None:
     from ekiden.cli import main
 
-    return Forked(lambda: main(arguments), log)
+    become(lambda: main(arguments), log)

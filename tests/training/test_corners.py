@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 from campaign import Outcome, outcome
-from forked import Forked, command
+from forked import Command
 
 from ekiden.checkpoint import files
 from ekiden.config import TrainConfig, to_yaml
@@ -36,12 +36,12 @@ def reference(settings: Settings, tmp_path: Path) -> Outcome:
     return outcome(tmp_path / "reference")
 
 
-def start(config: TrainConfig, folder: Path) -> Forked:
+def start(config: TrainConfig, folder: Path) -> Command:
     """Start `ekiden train` as a user does."""
     number = len(list(folder.glob("recipe-*")))
     recipe = folder / f"recipe-{number}.yaml"
     recipe.write_text(to_yaml(config))
-    return command(["train", str(recipe)], folder / f"log-{number}")
+    return Command(["train", str(recipe)], folder / f"log-{number}")
 
 
 @pytest.mark.parametrize("operation", ["create", "write", "fsync", "rename", "sync"])

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from campaign import outcome
-from forked import command
+from forked import Command
 
 from ekiden.checkpoint import files
 from ekiden.config import TrainConfig, to_yaml
@@ -330,7 +330,7 @@ def test_a_second_signal_ends_at_once_and_costs_nothing(settings: Settings, tmp_
     config = settings(5000, save_steps=5)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(to_yaml(config))
-    process = command(["train", str(recipe)], tmp_path / "log")
+    process = Command(["train", str(recipe)], tmp_path / "log")
     checkpoints = tmp_path / "run" / "checkpoints"
     while not list(checkpoints.glob("step-*")):
         assert process.poll() is None
