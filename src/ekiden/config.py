@@ -123,7 +123,7 @@ class TrainConfig:
     """Steps of linear warm-up from 0; at most a tenth of the run is used, with muon a fiftieth."""
     weight_decay: float = 0.1
     """Decoupled weight decay on matrices; vectors (norms, biases) have none."""
-    beta1: float = 0.6
+    beta1: float = 0.8
     """AdamW's decay of the first moment."""
     beta2: float = 0.95
     """AdamW's decay of the second moment."""
