@@ -1,17 +1,20 @@
-"""Ekiden's training step beside nanoGPT's model, Hugging Face's, and the least that any program has to compute.
+"""Ekiden's training step beside nanoGPT's model, Hugging Face's Trainer, and the least that any program has to compute.
 
     git clone https://github.com/karpathy/nanoGPT
+    pip install accelerate==1.14.0   # for transformers' Trainer
     python benchmarks/step.py --model gpt2-10m --precision fp32 --nanogpt nanoGPT
 
-One optimizer step (forward, backward, clipping, fused AdamW) on the same random tokens, fp32 weights, in one process,
-taking turns: in each round everyone does one step, and the fastest of all rounds counts, so that a busy machine is
-busy for all. Process CPU seconds are given beside it: they depend less on who else is there.
+Each does the same kind of step (forward, backward, clipping to a norm of 1, fused AdamW in fp32) on the same shapes, each
+in a process of its own with its own allocator settings. They take turns: in each round everyone does one step while
+the others wait, and the fastest of all rounds counts, so that a busy machine is busy for all. Process CPU seconds are
+given beside it: they depend less on who else is there.
 
-* ekiden: `training.step`, the decoder compiled. ekiden_eager: the same without torch.compile.
+* ekiden: `training.step`, the decoder compiled, prepared as `training.start` does. ekiden_eager: without torch.compile.
 * nanogpt: `model.py` from --nanogpt, compiled, its loss, the same fused AdamW (its own choice on a CPU is slower).
-* hf: transformers with sdpa and its own loss, what Trainer's default does in a step: autocast, clipping, fused AdamW.
+* hf: `transformers.Trainer` with TrainingArguments' defaults, sdpa; its own `train()`, from one step's end to the next
+  one's, data loader included. hf_compiled: the same with `torch_compile`. hf_loop: the model and its loss without Trainer.
 * floor: the matrix products of every linear layer and of the head, forward and twice backward, and
-  scaled_dot_product_attention forward and backward, on the same shapes, and nothing else.
+  scaled_dot_product_attention forward and backward, on the same shapes, and nothing else: no optimizer, no norms.
 
 The last line printed is one JSON object; `tokens_per_s` is tokens / fastest wall seconds.
 """
@@ -22,7 +25,12 @@ import argparse
 import importlib.util
 import json
 import math
+import os
 import platform
+import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -34,14 +42,18 @@ import torch.nn.functional as F
 import transformers
 
 from ekiden.config import TrainConfig, build_config
-from ekiden.modeling.build import body, build_model, parameter_counts
+from ekiden.modeling.build import build_model, parameter_counts
 from ekiden.modeling.device import Precision, peak_flops, select_device, select_precision
 from ekiden.modeling.flops import flops_per_token
+from ekiden.modeling.host_memory import keep_freed_memory
+from ekiden.modeling.prepare import prepare_model
 from ekiden.training.facts import cpu_name
 from ekiden.training.optimizer import build_optimizer
 from ekiden.training.step import accumulate_gradients, apply_update
 
 Step = Callable[[], float]
+Turn = Callable[[], None]
+"""Waits until it is this contender's turn; called before each step, it also ends the measurement of the one before."""
 GEMMA = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 64}
 SHAPES: dict[str, tuple[str, dict[str, int], int, int]] = {
     # name: preset, its changes, vocabulary, microbatch
@@ -101,9 +113,12 @@ class Setting:
 
 def ekiden_step(setting: Setting, compiled: bool) -> Step:
     """Return Ekiden's own step."""
+    if setting.device.type == "cpu":
+        keep_freed_memory()
     model, config, scaler = setting.model(), setting.config, setting.scaler()
-    if compiled:
-        body(model).compile()
+    config.compile = "on" if compiled else "off"
+    if prepare_model(model, config, setting.device, setting.precision) != compiled:
+        raise SystemExit("the decoder cannot be compiled here; give --no-compile")
     optimizer = build_optimizer(model, config)
 
     def step() -> float:
@@ -138,8 +153,8 @@ def usual_step(setting: Setting, model: Any, loss_of: Callable[[], torch.Tensor]
     return step
 
 
-def huggingface_step(setting: Setting) -> Step:
-    """Return what Trainer does with the same model: the logits whole, in fp32, and their loss."""
+def huggingface_loop(setting: Setting) -> Step:
+    """Return transformers' model and its loss without Trainer: the logits whole, in fp32."""
     model = setting.model()
     model.set_attn_implementation("sdpa")
     inputs, targets = setting.tensors()
@@ -149,6 +164,34 @@ def huggingface_step(setting: Setting) -> Step:
         model,
         lambda: model(input_ids=inputs, labels=targets, shift_labels=targets, use_cache=False).loss,
     )
+
+
+def run_trainer(setting: Setting, compiled: bool, turn: Turn) -> None:
+    """Run `transformers.Trainer.train()`, every step a turn. Does not return."""
+    model = setting.model()
+    model.set_attn_implementation("sdpa")
+    rows = [{"input_ids": row, "labels": row} for row in setting.inputs.tolist()] * 1000
+    arguments = transformers.TrainingArguments(
+        tempfile.mkdtemp(),
+        per_device_train_batch_size=setting.config.batch_size,
+        bf16=setting.precision.name == "bf16",
+        fp16=setting.precision.name == "fp16",
+        use_cpu=setting.device.type == "cpu",
+        torch_compile=compiled,
+        max_steps=1000,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+
+    class Turns(transformers.TrainerCallback):
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            turn()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            turn()
+
+    transformers.Trainer(model, arguments, train_dataset=rows, callbacks=[Turns()]).train()
 
 
 def nanogpt_step(setting: Setting) -> Step:
@@ -176,7 +219,9 @@ def nanogpt_step(setting: Setting) -> Step:
 
 
 def floor_step(setting: Setting) -> Step:
-    """Return the products and the attention alone."""
+    """Return the products and the attention alone, with the same memory settings as Ekiden's."""
+    if setting.device.type == "cpu":
+        keep_freed_memory()
     config, dtype, device = setting.config, setting.precision.dtype, setting.device
     gpt2 = config.model_type == "gpt2"
     heads, head_dim = config.num_attention_heads, config.head_dim
@@ -211,38 +256,93 @@ def floor_step(setting: Setting) -> Step:
     return step
 
 
-def contenders(setting: Setting, options: argparse.Namespace) -> dict[str, Step]:
-    """Return everyone's step by name, each tried once (which compiles)."""
-    steps: dict[str, Step] = {
-        "floor": floor_step(setting),
-        "ekiden": ekiden_step(setting, compiled=not options.no_compile),
-        "hf": huggingface_step(setting),
-    }
+def names_of(options: argparse.Namespace) -> list[str]:
+    """Return who takes part."""
+    names = ["floor", "ekiden", "hf", "hf_loop"]
     if not options.no_compile:
-        steps["ekiden_eager"] = ekiden_step(setting, compiled=False)
-    if setting.config.model_type == "gpt2" and setting.nanogpt:
-        steps["nanogpt"] = nanogpt_step(setting)
-    for name, step in steps.items():
-        began = time.perf_counter()
-        loss = [step() for _ in range(2)][0]
-        print(f"{name}: first loss {loss:.4f}, start-up {time.perf_counter() - began:.0f} s", flush=True)
-    return steps
+        names += ["ekiden_eager", "hf_compiled"]
+        names += ["nanogpt"] if options.model.startswith("gpt2") and options.nanogpt else []
+    return [name for name in names if not options.only or name in options.only.split(",")]
 
 
-def measure(steps: dict[str, Step], rounds: int, device: torch.device) -> dict[str, dict[str, float]]:
-    """Return each one's fastest wall seconds and least process CPU seconds; the order turns from round to round."""
-    wall: dict[str, list[float]] = {name: [] for name in steps}
-    cpu: dict[str, list[float]] = {name: [] for name in steps}
+def work(setting: Setting, options: argparse.Namespace) -> None:
+    """Be one contender: do a step for every line read, and answer with its figures."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever libraries print
+    cuda = setting.device.type == "cuda"
+    began: list[float] = []
+
+    def turn() -> None:
+        if cuda:
+            torch.cuda.synchronize(setting.device)
+        if began:
+            seconds, cpu = time.perf_counter() - began[0], time.process_time() - began[1]
+            print(json.dumps({"seconds": seconds, "cpu_seconds": cpu}), file=answers, flush=True)
+        line = sys.stdin.readline().strip()
+        if line == "figures":
+            rate = setting.tokens / float(sys.stdin.readline())
+            print(json.dumps(gpu_figures(setting, step, rate)), file=answers, flush=True)
+            line = sys.stdin.readline().strip()
+        if line != "step":
+            os._exit(0)
+        began[:] = [time.perf_counter(), time.process_time()]
+
+    if options.worker in ("hf", "hf_compiled"):
+        run_trainer(setting, options.worker == "hf_compiled", turn)
+    makers: dict[str, Callable[[], Step]] = {
+        "floor": lambda: floor_step(setting),
+        "ekiden": lambda: ekiden_step(setting, compiled=not options.no_compile),
+        "ekiden_eager": lambda: ekiden_step(setting, compiled=False),
+        "hf_loop": lambda: huggingface_loop(setting),
+        "nanogpt": lambda: nanogpt_step(setting),
+    }
+    step = makers[options.worker]()
+    while True:
+        turn()
+        loss = step()
+        if math.isnan(loss) and options.worker != "floor":
+            raise SystemExit(f"{options.worker}: the loss is not a number")
+
+
+class Contender:
+    """A process that does a step when it is told to."""
+
+    def __init__(self, name: str) -> None:
+        command = [sys.executable, *sys.argv, "--worker", name]
+        self.name = name
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def ask(self, *lines: str) -> dict[str, Any]:
+        """Send lines and return the answer."""
+        assert self.process.stdin and self.process.stdout
+        self.process.stdin.write("".join(f"{line}\n" for line in lines))
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise SystemExit(f"{self.name} failed; its words stand above")
+        return json.loads(answer)
+
+    def end(self) -> None:
+        """Let the process go."""
+        self.process.terminate()
+        self.process.wait()
+
+
+def measure(contenders: list[Contender], rounds: int) -> dict[str, dict[str, float]]:
+    """Return each one's fastest and median wall seconds and least CPU seconds; the order turns from round to round."""
+    taken: dict[str, list[dict[str, float]]] = {contender.name: [] for contender in contenders}
     for index in range(rounds):
-        names = list(steps)
-        for name in names[index % len(names) :] + names[: index % len(names)]:
-            began, cpu_began = time.perf_counter(), time.process_time()
-            steps[name]()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            wall[name].append(time.perf_counter() - began)
-            cpu[name].append(time.process_time() - cpu_began)
-    return {name: {"seconds": min(wall[name]), "cpu_seconds": min(cpu[name])} for name in steps}
+        first = index % len(contenders)
+        for contender in contenders[first:] + contenders[:first]:
+            taken[contender.name].append(contender.ask("step"))
+    return {
+        name: {
+            "seconds": min(step["seconds"] for step in steps),
+            "median_seconds": statistics.median(step["seconds"] for step in steps),
+            "cpu_seconds": min(step["cpu_seconds"] for step in steps),
+        }
+        for name, steps in taken.items()
+    }
 
 
 def gpu_figures(setting: Setting, step: Step, rate: float) -> dict[str, float | None]:
@@ -279,19 +379,42 @@ def main() -> None:
     parser.add_argument(
         "--set", nargs="*", default=[], help="field=value of TrainConfig, for Ekiden and the shapes"
     )
+    parser.add_argument("--only", help="names of contenders, with commas; default: all")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.num_threads)
+    os.environ["OMP_NUM_THREADS"] = str(options.num_threads)
     setting = Setting(options)
-    steps = contenders(setting, options)
-    figures = measure(steps, options.rounds, setting.device)
-    rates: dict[str, float | None] = {
-        f"{name}_tokens_per_s": round(setting.tokens / figures[name]["seconds"]) if name in figures else None
-        for name in ("ekiden", "ekiden_eager", "nanogpt", "hf", "floor")
-    }
+    if options.worker:
+        work(setting, options)
+    contenders: list[Contender] = []
+    more: dict[str, Any] = {}
+    try:
+        for name in names_of(options):
+            began = time.perf_counter()
+            contenders.append(Contender(name))
+            for _ in range(3):  # the first compiles
+                contenders[-1].ask("step")
+            print(f"{name}: start-up {time.perf_counter() - began:.0f} s", flush=True)
+        figures = measure(contenders, options.rounds)
+        if setting.device.type == "cuda":
+            own = next(contender for contender in contenders if contender.name == "ekiden")
+            more = own.ask("figures", str(figures["ekiden"]["seconds"]))
+    finally:
+        for contender in contenders:
+            contender.end()
+    show(setting, options, figures, more)
+
+
+def show(
+    setting: Setting, options: argparse.Namespace, figures: dict[str, dict[str, float]], more: dict[str, Any]
+) -> None:
+    """Print a table, and one JSON object last."""
     for name, figure in figures.items():
-        print(f"{name:<13} {figure['seconds']:7.3f} s  {figure['cpu_seconds']:7.3f} CPU s")
+        wall, median, cpu = figure["seconds"], figure["median_seconds"], figure["cpu_seconds"]
+        print(f"{name:<13} {wall:7.3f} s  {median:7.3f} s median  {cpu:7.3f} CPU s")
     cuda = setting.device.type == "cuda"
-    own = figures["ekiden"]
+    own = figures.get("ekiden", {})
     result: dict[str, Any] = {
         "model": options.model,
         "precision": options.precision,
@@ -299,17 +422,18 @@ def main() -> None:
         "threads": options.num_threads,
         "rounds": options.rounds,
         "tokens_per_step": setting.tokens,
-        **rates,
-        "speedup_wall": {n: f["seconds"] / own["seconds"] for n, f in figures.items()},
-        "speedup_cpu": {n: f["cpu_seconds"] / own["cpu_seconds"] for n, f in figures.items()},
-        "seconds": figures,
+    }
+    for name in ("ekiden", "ekiden_eager", "nanogpt", "hf", "hf_compiled", "hf_loop", "floor"):
+        found = figures.get(name)
+        result[f"{name}_tokens_per_s"] = round(setting.tokens / found["seconds"]) if found else None
+    for key in ("seconds", "median_seconds", "cpu_seconds") if own else ():
+        result[f"ekiden_speedup_{key}"] = {n: round(f[key] / own[key], 3) for n, f in figures.items()}
+    versions = {
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
     }
-    if cuda:
-        result |= gpu_figures(setting, steps["ekiden"], setting.tokens / own["seconds"])
-    print(json.dumps(result))
+    print(json.dumps({**result, "figures": figures, **versions, **more}))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 import yaml
 
-from ekiden.config_checks import validate
+from ekiden.config_checks import AUTO, validate
 from ekiden.errors import UsageError, nearest
 from ekiden.values import to_bool, to_int, to_weights
 
@@ -84,9 +84,13 @@ class TrainConfig:
 
     # The batch
     batch_size: int = 16
-    """Samples in one microbatch on one device."""
+    """Samples in one microbatch on one device; auto (or 0): the most that fit, found by trying when the run begins, and
+    again on another kind of machine; it needs global_batch_size."""
     gradient_accumulation_steps: int = 1
     """Microbatches a device adds up before one optimizer step, at the start of the run."""
+    global_batch_size: int = 0
+    """Samples of one optimizer step on all devices together, instead of batch_size x gradient_accumulation_steps x
+    devices; as many microbatches as it takes are added up. 0: that product."""
 
     # The length of the run
     max_steps: int = 0
@@ -214,12 +218,16 @@ class TrainConfig:
     wandb_project: str = "ekiden"
     """Project in Weights & Biases and trackio."""
 
+    def samples_per_step(self, devices: int) -> int:
+        """Return the global batch of a run that begins on so many devices, in samples."""
+        return self.global_batch_size or self.batch_size * self.gradient_accumulation_steps * devices
+
 
 RESUME_FREE = frozenset(
     "dataset_path output_dir max_steps epochs max_time device num_threads compile log_steps eval_steps eval_tokens "
     "sample_steps sample_prompts sample_tokens save_steps max_checkpoints checkpoint_budget background_save "
     "mirror checkpoint_format resume_from init_from max_bad_steps max_rollbacks report use_wandb trackers wandb_project "
-    "batch_size gradient_accumulation_steps learning_rate min_learning_rate_ratio loss_chunk_size "
+    "batch_size gradient_accumulation_steps global_batch_size learning_rate min_learning_rate_ratio loss_chunk_size "
     "devices parallel elastic_exact rank_timeout max_restarts matrix_learning_rate schedule decay_ratio "
     "decay_from decay_steps activation_checkpointing cpu_offload".split()
 )
@@ -327,7 +335,7 @@ def coerce(name: str, value: Any, where: str) -> Any:
         if kind is bool:
             return to_bool(value)
         if kind is int:
-            return to_int(value)
+            return AUTO if name == "batch_size" and value == "auto" else to_int(value)
         if kind is float:
             if isinstance(value, bool):
                 raise ValueError

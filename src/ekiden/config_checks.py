@@ -14,15 +14,18 @@ from ekiden.values import parse_bytes, parse_duration
 if TYPE_CHECKING:
     from ekiden.config import TrainConfig
 
+AUTO = 0
+"""`batch_size` where the largest microbatch that fits is to be found."""
 TRACKER_NAMES = ("tensorboard", "trackio", "wandb")
 POSITIVE = tuple(
     "hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim intermediate_size max_length "
-    "batch_size gradient_accumulation_steps loss_chunk_size log_steps sliding_window rope_scaling_factor max_bad_steps "
+    "gradient_accumulation_steps loss_chunk_size log_steps sliding_window rope_scaling_factor max_bad_steps "
     "learning_rate matrix_learning_rate adam_epsilon".split()
 )
 NOT_NEGATIVE = tuple(
     "max_steps epochs eval_steps eval_tokens sample_steps sample_tokens save_steps warmup_steps weight_decay decay_steps "
-    "max_grad_norm max_rollbacks num_threads max_epochs_per_language muon_momentum_steps".split()
+    "max_grad_norm max_rollbacks num_threads max_epochs_per_language muon_momentum_steps batch_size "
+    "global_batch_size".split()
 )
 
 
@@ -72,6 +75,16 @@ def validate(config: TrainConfig) -> TrainConfig:
 
 def _check_together(config: TrainConfig) -> None:
     """Refuse settings of which each alone is good."""
+    if config.batch_size == AUTO and not config.global_batch_size:
+        raise UsageError(
+            "--batch-size auto needs --global-batch-size: the samples of one step on all devices together"
+        )
+    if config.batch_size == AUTO and config.elastic_exact:
+        raise UsageError("--elastic-exact needs microbatches of one size; give a number as --batch-size")
+    if config.global_batch_size and config.gradient_accumulation_steps != 1:
+        raise UsageError(
+            "--global-batch-size already says how many microbatches are added up; leave --gradient-accumulation-steps out"
+        )
     if config.cpu_offload and config.optimizer == "muon":
         raise UsageError("--cpu-offload works with --optimizer adamw; muon's products are a GPU's work")
     if config.optimizer_moments in ("bf16", "fp16") and config.beta2 > 0.98:

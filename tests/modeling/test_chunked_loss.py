@@ -186,16 +186,44 @@ def test_logits_of_a_chunk_are_bounded(monkeypatch):
     assert chunk_rows_for(16384, 10_000) == 4096
     assert chunk_rows_for(16384, 1024) == 1024
     largest = []
+    inner = loss_module.softmax_minus_target
+
+    def spy(logits, *arguments, **options):
+        largest.append(logits.shape[0])
+        return inner(logits, *arguments, **options)
+
+    monkeypatch.setattr(loss_module, "softmax_minus_target", spy)
     monkeypatch.setattr(loss_module, "LOGIT_BYTES", 4 * V * 10)
     monkeypatch.setattr(loss_module, "MIN_ROWS", 1)
-    inner = loss_module._softmax
-
-    def spy(*arguments):
-        losses, gradient = inner(*arguments)
-        largest.append(gradient.shape[0])
-        return losses, gradient
-
-    monkeypatch.setattr(loss_module, "_softmax", spy)
     hidden, weight, targets = data()
     chunked_cross_entropy(hidden, weight, targets, 1024)
     assert largest == [10] * 7
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blocks_of_the_softmax_change_nothing(dtype, monkeypatch):
+    hidden, weight, targets = data(dtype=dtype)
+
+    def once():
+        return measure(lambda h, w: chunked_cross_entropy(h, w, targets, 40), hidden, weight)
+
+    whole = once()
+    monkeypatch.setattr(loss_module, "BLOCK_ROWS", 3)
+    monkeypatch.setattr(loss_module, "BLOCK_BYTES", 4)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert all(torch.equal(a, b) for a, b in zip(whole, once()))
+
+
+def test_a_loss_beyond_what_exp_can_hold_is_exact():
+    hidden, weight = torch.tensor([[1.0]]), torch.tensor([[0.0], [-300.0], [-5.0]])
+    loss = chunked_cross_entropy(hidden, weight, torch.tensor([1]))
+    assert loss.item() == pytest.approx(300.0067, abs=1e-4)
+
+
+def test_what_is_ignored_may_be_anything():
+    hidden, weight, targets = data(ignored=0)
+    targets[3] = IGNORE
+    expected = reference(targets, hidden, weight)
+    hidden[3] = torch.nan
+    found = measure(lambda h, w: chunked_cross_entropy(h, w, targets, 16), hidden, weight)
+    assert all(error(one, other) < 1e-5 for one, other in zip(found, expected))

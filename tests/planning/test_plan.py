@@ -53,6 +53,17 @@ def test_the_largest_microbatch_that_fits_is_proposed() -> None:
     assert "--batch-size 2 --gradient-accumulation-steps 8" in made.text()
 
 
+def test_an_automatic_microbatch_is_planned_for() -> None:
+    made = plan("a10g", batch_size="auto", global_batch_size=16, max_steps=10)
+    assert made.fits and made.change is None
+    assert made.config.batch_size == 2
+    assert made.tokens == 10 * 16 * 2048
+    assert "with 2 x 2048 tokens" in made.text()
+    shared = plan("a10gx4", batch_size="auto", global_batch_size=10)
+    assert shared.config.batch_size == 3
+    assert plan("t4", batch_size="auto", global_batch_size=8, vocab_size=400_000).fits is False
+
+
 def test_what_fits_needs_no_change() -> None:
     made = plan("h100")
     assert made.fits and made.change is None

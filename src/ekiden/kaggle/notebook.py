@@ -200,7 +200,7 @@ def recipe_text(recipe: str | None, token_budget: str | None, gpus: int) -> str:
             raise UsageError(
                 f"--token-budget must be a count such as 500M or 2B, not {token_budget!r}"
             ) from None
-        samples = config.batch_size * config.gradient_accumulation_steps * max(1, gpus)
+        samples = config.samples_per_step(max(1, gpus))
         steps = math.ceil(tokens / (samples * config.max_length))
         text = re.sub(r"(?m)^max_steps:.*\n", "", text) + f"max_steps: {steps}  # {token_budget} tokens\n"
     return text

@@ -68,7 +68,7 @@ def settings_of(
     """
     config = build_config(recipe)
     # The global batch is that of all ranks together.
-    samples = config.batch_size * config.gradient_accumulation_steps * max(1, gpus)
+    samples = config.samples_per_step(max(1, gpus))
     tokens_per_step = samples * config.max_length
     if token_budget:
         try:

@@ -5,12 +5,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
+from collections.abc import Iterator
 
 import torch
 from transformers import PreTrainedModel
 
 from ekiden.config import TrainConfig
+from ekiden.config_checks import AUTO
 from ekiden.modeling.attention import Attention, choose_attention, document_boundary, install
 from ekiden.modeling.build import blocks, body, hidden_states
 from ekiden.modeling.device import Precision
@@ -69,7 +72,8 @@ def compile_body(
     which this one is. Its result is thrown away.
     """
     body(model).compile()
-    ids = torch.zeros((config.batch_size, config.max_length), dtype=torch.int64, device=device)
+    # An automatic microbatch is not known yet: one sample shows whether anything compiles.
+    ids = torch.zeros((max(1, config.batch_size), config.max_length), dtype=torch.int64, device=device)
     try:
         with torch.autocast(device.type, precision.dtype, enabled=precision.dtype != torch.float32):
             hidden_states(model, ids).sum().backward()
@@ -85,4 +89,27 @@ def compile_body(
         return False
     finally:
         model.zero_grad(set_to_none=True)
+    if config.batch_size == AUTO:
+        forget_compiled(model)
     return True
+
+
+def forget_compiled(model: PreTrainedModel) -> None:
+    """Let the decoder be compiled anew for the next shape that it sees.
+
+    Compiled for a second shape it would be for any, slower and with other sums than a resumed run's, whose first shape
+    that is.
+    """
+    if body(model)._compiled_call_impl is not None:
+        torch.compiler.reset()
+
+
+@contextlib.contextmanager
+def uncompiled(model: torch.nn.Module) -> Iterator[None]:
+    """Run the decoder as it is, for a shape that comes once."""
+    decoder = body(model)
+    compiled, decoder._compiled_call_impl = decoder._compiled_call_impl, None
+    try:
+        yield
+    finally:
+        decoder._compiled_call_impl = compiled

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from ekiden.config import TrainConfig, validate
+from ekiden.config_checks import AUTO
 from ekiden.errors import UsageError
 from ekiden.modeling.device import Precision, named_precision
 from ekiden.modeling.flops import flops_per_token
@@ -188,6 +189,8 @@ def make_plan(
         UserError, UsageError: no such machine, or nothing that PyTorch runs on; no such precision there.
     """
     machine = find_machine(device)
+    automatic, samples = config.batch_size == AUTO, config.samples_per_step(machine.count)
+    config = on_each_device(config, machine.count)
     precision = named_precision(machine.precision if config.precision == "auto" else config.precision)
     flops = machine_flops(machine, precision)
     say(f"tracing a step of {config.batch_size} x {config.max_length} tokens")
@@ -196,6 +199,10 @@ def make_plan(
     change, changed_peak = None, None
     if not fits:
         change, changed_peak = smallest_change(config, vocab_size, precision, machine, peak, tracer)
+    if automatic and change and changed_peak and "batch_size" in change and len(change) == 2:
+        # A smaller microbatch is what was asked for, and no change.
+        config, peak, fits = dataclasses.replace(config, **change), changed_peak, True
+        change = changed_peak = None
     final = dataclasses.replace(config, **(change or {}))
     parameters = peak.blocks + peak.embedding
     efficiency = machine.mfu(parameters)
@@ -203,7 +210,6 @@ def make_plan(
     again = RECOMPUTED if final.activation_checkpointing else 1
     rate = count * flops * efficiency / (flops_per_token(final, parameters) * again)
     if tokens is None and config.max_steps:
-        samples = config.batch_size * config.gradient_accumulation_steps * machine.count
         tokens = config.max_steps * samples * config.max_length
     checkpoint = 4 * parameters + moment_bytes(final, changed_peak or peak)
     return Plan(
@@ -223,6 +229,20 @@ def make_plan(
         (config.max_checkpoints + 1) * checkpoint + 8 * parameters,
         disk_bytes if disk_bytes is not None else machine.disk_bytes,
         parse_duration(config.max_time, "--max-time") or machine.session_seconds,
+    )
+
+
+def on_each_device(config: TrainConfig, devices: int) -> TrainConfig:
+    """Return settings whose microbatch and accumulation say what each device does; an automatic microbatch is all of it."""
+    if not config.global_batch_size:
+        return config
+    share = -(-config.global_batch_size // devices)
+    microbatch = min(config.batch_size or share, share)
+    return dataclasses.replace(
+        config,
+        batch_size=microbatch,
+        gradient_accumulation_steps=-(-share // microbatch),
+        global_batch_size=0,
     )
 
 

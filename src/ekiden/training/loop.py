@@ -323,6 +323,8 @@ class Trainer:
         before = self.counters
         self._end_session()
         self._begin()
+        if self.counters.microbatch > before.microbatch:  # what was larger had not fitted
+            self.counters.microbatch_schedule.append([self.counters.step, before.microbatch])
         self.counters.skipped_batches = [*before.skipped_batches, [first_bad, count]]
         self.counters.rollbacks, self.counters.skipped_steps = before.rollbacks + 1, before.skipped_steps
         self.history.event(

@@ -6,6 +6,7 @@ before the first step it tries a whole step on throw-away figures, so that most 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gc
 from collections.abc import Callable
@@ -19,6 +20,8 @@ import torch
 from ekiden.errors import UserError
 from ekiden.modeling.build import head_weight, inside_forward
 from ekiden.modeling.device import Precision
+from ekiden.modeling.host_memory import give_back
+from ekiden.modeling.prepare import uncompiled
 from ekiden.training.state import TrainingState
 from ekiden.training.step import accumulate_gradients, apply_update, summed_loss
 
@@ -47,6 +50,7 @@ def run_within_memory(work: Callable[[], T]) -> T | OutOfMemory:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    give_back()
     return OutOfMemory(problem)
 
 
@@ -78,14 +82,15 @@ def try_step(
     trials = [(windows[:1], 1), (windows, 2)] if fresh else [(windows, 2)]
     try:
         for batch, count in trials:
-            accumulate_gradients(
-                state.model,
-                [(batch, batch)] * count,
-                count * batch.size,
-                precision,
-                loss_chunk_size=loss_chunk_size,
-                first_index=-2,
-            )
+            with uncompiled(state.model) if len(batch) < microbatch else contextlib.nullcontext():
+                accumulate_gradients(
+                    state.model,
+                    [(batch, batch)] * count,
+                    count * batch.size,
+                    precision,
+                    loss_chunk_size=loss_chunk_size,
+                    first_index=-2,
+                )
             not_finite = torch.full((), torch.nan, device=head_weight(state.model).device)
             apply_update(state.optimizer, not_finite, 0.0, 1.0)
         _evaluation_batch(state.model, windows, precision, loss_chunk_size)

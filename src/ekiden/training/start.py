@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from ekiden.checkpoint.mirror import Mirror
 from ekiden.checkpoint.store import CheckpointStore
 from ekiden.config import TrainConfig, field_types
+from ekiden.config_checks import AUTO
 from ekiden.errors import UserError
 from ekiden.modeling.attention import attention_name
 from ekiden.modeling.build import build_model, parameter_counts
@@ -28,6 +29,7 @@ from ekiden.modeling.device import (
     select_device,
     select_precision,
 )
+from ekiden.modeling.host_memory import keep_freed_memory
 from ekiden.modeling.prepare import prepare_model
 from ekiden.progress import human_count, say
 from ekiden.tokenizer.load import Tokenizer
@@ -39,6 +41,7 @@ from ekiden.training.exact import check_tree
 from ekiden.training.facts import environment, memory_savers, session_facts, sums_of
 from ekiden.training.finding import Found, find_files
 from ekiden.training.foreign import take_foreign
+from ekiden.training.microbatch import rows_each
 from ekiden.training.optimizer import build_optimizer, learning_rate
 from ekiden.training.ranks import Ranks
 from ekiden.training.recipe import describe_recipe
@@ -79,6 +82,8 @@ def prepare(config: TrainConfig, run: RunDirectory, ranks: Ranks | None = None) 
     ranks = ranks or Ranks()
     threads = configure_determinism(config.num_threads or max(1, available_cores() // ranks.local_world))
     device = rank_device(config.device, ranks)
+    if device.type == "cpu":
+        keep_freed_memory()
     precision = select_precision(device, config.precision)
     dataset = TokenDataset.open(config.dataset_path)
     tokenizer = dataset.tokenizer()
@@ -100,16 +105,22 @@ def prepare(config: TrainConfig, run: RunDirectory, ranks: Ranks | None = None) 
             restore_any(state, found.checkpoint)
         state.counters = Counters(**saved["counters"])
         if "batch_size" in changed:
-            state.counters.microbatch_schedule.append([state.counters.step, config.batch_size])
+            schedule = state.counters.microbatch_schedule
+            schedule.append([state.counters.step, config.batch_size or state.counters.microbatch])
     else:
         state.counters.global_batch = global_batch
-        state.counters.microbatch_schedule = [[0, config.batch_size]]
+        state.counters.microbatch_schedule = [[0, config.batch_size or rows_each(global_batch, ranks.world)]]
     max_steps = last_step(state, saved, dataset)
     taken = None if saved else ranks.on_main(lambda: take_weights(config, state, max_steps))
     # Left by whichever rank had no memory, perhaps on a disk of its own.
     limit = -ranks.agree([-(run.read_microbatch() or math.inf)])[0]
     if limit < state.counters.microbatch:
         state.counters.microbatch_schedule.append([state.counters.step, int(limit)])
+    if sharded and config.batch_size == AUTO:
+        raise UserError(
+            "--batch-size auto cannot try what fits with --parallel fsdp, where a rank that fails leaves the others waiting; "
+            "give a number (`ekiden plan` says which fits)"
+        )
     if config.elastic_exact:
         check_tree(global_batch, state.counters.microbatch, ranks.world)
     state.share(ranks, moments=not sharded)
@@ -159,9 +170,11 @@ def order_of_samples(
     if saved:
         check_data(saved["identity"], dataset, config)
         mixture = Mixture.from_dict(saved["mixture"])
-        global_batch = check_global_batch(saved["counters"]["global_batch"], saved["config"], config)
+        global_batch = check_global_batch(
+            saved["counters"]["global_batch"], saved["config"], config, ranks.world
+        )
     else:
-        global_batch = config.batch_size * config.gradient_accumulation_steps * ranks.world
+        global_batch = config.samples_per_step(ranks.world)
         mixture = fresh_mixture(config, dataset, global_batch)
     if global_batch < ranks.world:
         raise UserError(
@@ -311,7 +324,7 @@ def check_data(identity: dict[str, Any], dataset: TokenDataset, config: TrainCon
             )
 
 
-def check_global_batch(began_with: int, saved: dict[str, Any], config: TrainConfig) -> int:
+def check_global_batch(began_with: int, saved: dict[str, Any], config: TrainConfig, world: int) -> int:
     """Return the run's global batch after checking that the settings still make it, with as many ranks as it began with.
 
     How many train now does not matter: fewer of them accumulate more microbatches, and more of them fewer.
@@ -319,6 +332,14 @@ def check_global_batch(began_with: int, saved: dict[str, Any], config: TrainConf
     Raises:
         UserError: they do not.
     """
+    if config.global_batch_size or saved.get("global_batch_size"):
+        now = config.samples_per_step(world)
+        if now != began_with:
+            raise UserError(
+                f"a global batch of {now} samples is not the {began_with} this run began with; give --global-batch-size "
+                f"{began_with}"
+            )
+        return now
     ranks_then = began_with // (saved["batch_size"] * saved["gradient_accumulation_steps"])
     now = config.batch_size * config.gradient_accumulation_steps * ranks_then
     if now != began_with:
@@ -355,7 +376,8 @@ def describe(
         f"{key} was {then.get(key)}, is {now.get(key)}" for key in now | then if then.get(key) != now.get(key)
     ]
     if "batch_size" in changed:
-        differing.append(f"microbatch was {changed['batch_size'][0]}, is {changed['batch_size'][1]}")
+        before, after = (size or "auto" for size in changed["batch_size"])
+        differing.append(f"microbatch was {before}, is {after}")
     if differing:
         say(
             f"resuming at step {counters.step}: same data order; sums may differ in the last bits ({'; '.join(differing)})"

@@ -13,11 +13,14 @@ from typing import TypeVar
 
 import torch
 
+from ekiden.config_checks import AUTO
 from ekiden.errors import UserError
+from ekiden.modeling.prepare import forget_compiled, uncompiled
 from ekiden.progress import say
 from ekiden.training.exact import GradientTree
 from ekiden.training.history import History
 from ekiden.training.memory import OutOfMemory, run_within_memory, try_step
+from ekiden.training.microbatch import find_microbatch, rows_each
 from ekiden.training.optimizer import learning_rate, muon_momentum, set_momentum
 from ekiden.training.ranks import Ranks
 from ekiden.training.rundir import RunDirectory
@@ -61,15 +64,50 @@ class Stepper:
         Raises:
             UserError: one sample does not fit.
         """
-        self._within_memory(
-            lambda: try_step(
-                self.state,
-                self.start.precision,
-                self.counters.microbatch,
-                self.config.max_length,
-                self.config.loss_chunk_size,
-            )
+        if self.config.batch_size == AUTO:
+            self._find_microbatch()
+        self._within_memory(lambda: self._try(self.counters.microbatch))
+
+    def _try(self, microbatch: int) -> None:
+        try_step(
+            self.state,
+            self.start.precision,
+            microbatch,
+            self.config.max_length,
+            self.config.loss_chunk_size,
         )
+
+    def _find_microbatch(self) -> None:
+        """Let the microbatch be the largest one that fits on all ranks.
+
+        Raises:
+            UserError: one sample does not fit.
+        """
+        ranks, counters = self.ranks, self.counters
+        problem: tuple[int, str] | None = None
+
+        def fits(size: int) -> bool:
+            nonlocal problem
+            result = run_within_memory(lambda: self._try(size))
+            problem = ranks.first(result.problem if isinstance(result, OutOfMemory) else None)
+            return problem is None
+
+        with uncompiled(self.state.model):  # every size would be compiled for its own
+            found = find_microbatch(
+                self.state.model,
+                self.config,
+                self.start.precision,
+                self.start.device,
+                rows_each(counters.global_batch, ranks.world),
+                ranks.local_world,
+                lambda number: -int(ranks.agree([-number])[0]),
+                fits,
+            )
+        if found != counters.microbatch:
+            counters.microbatch_schedule.append([counters.step, max(1, found)])
+        if not found:
+            self._halve_microbatch(problem)
+        self.history.event("microbatch", counters.step, samples=found)
 
     def step(self) -> StepFigures | None:
         """Do one optimizer step; halve the microbatch and repeat it where a device runs out of memory.
@@ -183,3 +221,4 @@ class Stepper:
             "oom", counters.step, microbatch=[counters.microbatch, smaller], rank=rank, problem=words
         )
         counters.microbatch_schedule.append([counters.step, smaller])
+        forget_compiled(self.state.model)
