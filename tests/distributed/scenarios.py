@@ -82,6 +82,9 @@ def scenarios(shards: Path, folder: Path) -> dict[str, Any]:
     both["exact one"] = start("exact-one", 1, elastic_exact=True)
     both["exact two"] = start("exact-two", 2, elastic_exact=True)
     both["oom ddp"] = start("oom-ddp", 2, microbatch=8, parallel="ddp", fault=lambda rank: _no_memory(rank))
+    auto = {"batch_size": "auto", "global_batch_size": GLOBAL_BATCH, "gradient_accumulation_steps": 1}
+    both["auto"] = start("auto", 2, parallel="ddp", fault=lambda rank: _little_memory(rank), **auto)
+    both["auto fsdp"] = start("auto-fsdp", 2, parallel="fsdp", **auto)
     for number, phase in enumerate(("forward", "backward", "update", "")):
         fault = oom(1, phase, count=2 * (number > 0) + 1) if phase else None
         both[f"oom fsdp {phase}"] = start("oom-fsdp", 2, microbatch=8, parallel="fsdp", fault=fault)
@@ -109,6 +112,21 @@ def _no_memory(rank: int) -> None:
         backward(index, phase)
 
     step.fault_hook = each
+
+
+def _little_memory(rank: int) -> None:
+    """Let rank 1 have room for 2 samples: the trials of 8 and of 4 fail, each after that of one, which makes the moments."""
+    if rank != 1:
+        return
+    trials = 0
+
+    def hook(index: int, phase: str) -> None:
+        nonlocal trials
+        trials += index == -2 and phase == "forward"
+        if index == -2 and phase == "forward" and trials in (2, 4):
+            out_of_memory()
+
+    step.fault_hook = hook
 
 
 def _late(rank: int) -> None:

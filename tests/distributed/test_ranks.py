@@ -104,6 +104,17 @@ def test_no_memory_on_one_rank_halves_the_microbatch_on_both(left: dict[str, Any
     same_losses(found, left["one"])
 
 
+def test_an_automatic_microbatch_is_that_of_the_rank_with_least_memory(left: dict[str, Any]) -> None:
+    found = left["auto"]
+    assert found["statuses"] == [0, 0], found["log"]
+    assert [event["samples"] for event in events(found, "microbatch")] == [2]
+    assert found["samples"] == left["one"]["samples"]
+    same_losses(found, left["one"])
+    refused = left["auto fsdp"]
+    assert refused["statuses"] == [1, 1]
+    assert "--batch-size auto cannot try what fits with --parallel fsdp" in refused["log"]
+
+
 @pytest.mark.parametrize("phase", ["forward", "backward", "update"])
 def test_no_memory_amid_shards_ends_the_run_and_names_the_rank(left: dict[str, Any], phase: str) -> None:
     ended = left[f"oom fsdp {phase}"]

@@ -65,16 +65,19 @@ def limiter(megabytes: int, amid_training: bool) -> Callable[[], None]:
     return setup
 
 
-def sweep(shards: Path, folder: Path, megabytes: list[int], amid_training: bool) -> dict[str, Any]:
-    """Return the table's row for these limits, with what became of each."""
+def sweep(
+    shards: Path, folder: Path, megabytes: list[int], amid_training: bool, auto: bool = False
+) -> dict[str, Any]:
+    """Return the table's row for these limits, with what became of each; `auto`: the microbatch is to be found."""
     reference = folder / "reference"
     if not reference.exists():
         config = settings("gemma3-tiny", shards, reference, STEPS, **SHAPE)
         assert trial(config, folder / "log").status == 0, (folder / "log").read_text()
     expected = outcome(reference).losses
     when = "in training" if amid_training else "before the first step"
+    shape = {**SHAPE, "batch_size": "auto", "global_batch_size": SHAPE["batch_size"]} if auto else SHAPE
     row: dict[str, Any] = {
-        "fault": f"memory limit {when}",
+        "fault": f"memory limit {when}{', automatic microbatch' if auto else ''}",
         "tries": 0,
         "resumed": 0,
         "bit_identical": 0,
@@ -82,13 +85,15 @@ def sweep(shards: Path, folder: Path, megabytes: list[int], amid_training: bool)
     }
     row["found"] = {}
     for size in megabytes:
-        run = folder / f"{size}-{amid_training}"
+        run = folder / f"{size}-{amid_training}-{auto}"
         log = folder / f"{run.name}.log"
-        config = settings("gemma3-tiny", shards, run, STEPS, **SHAPE)
+        config = settings("gemma3-tiny", shards, run, STEPS, **shape)
         done = trial(config, log, setup=limiter(size, amid_training))
         row["tries"] += 1
-        events = [r for r in read_history(run / "history.jsonl") if r.get("event") == "oom"]
-        smallest = events[-1]["microbatch"][1] if events else SHAPE["batch_size"]
+        events = [r for r in read_history(run / "history.jsonl") if r.get("event") in ("oom", "microbatch")]
+        smallest = SHAPE["batch_size"]
+        for event in events:
+            smallest = event["microbatch"][1] if event["event"] == "oom" else event["samples"]
         if done.status == 0:
             losses = outcome(run).losses
             close = all(abs(losses[step] - loss) < 1e-4 for step, loss in expected.items())

@@ -8,10 +8,14 @@ from typing import Any
 import pytest
 
 
-@pytest.mark.parametrize("amid_training", [False, True])
+@pytest.mark.parametrize(
+    ("amid_training", "auto"),
+    [(False, False), (True, False), (False, True)],
+    ids=["before", "amid", "automatic microbatch"],
+)
 def test_a_limited_run_finishes_or_says_what_to_lower(
-    amid_training: bool, short_campaign: Callable[..., list[dict[str, Any]]]
+    amid_training: bool, auto: bool, short_campaign: Callable[..., list[dict[str, Any]]]
 ) -> None:
-    [row] = short_campaign(megabytes=20, amid_training=amid_training)
+    [row] = short_campaign(megabytes=20, amid_training=amid_training, auto=auto)
     assert row["tries"] == row["resumed"] == row["bit_identical"] == 1, row
     assert 1 <= row["found"]["20"] < 64, row

@@ -1,7 +1,7 @@
 """The short campaigns of the suite, in one process that has imported everything: an import of torch costs 6 s of CPU.
 
 A process of its own, because it forks its trials, and pytest's has threads. `conftest` starts it, writes a line of JSON
-for each campaign to its standard input, {"kills": PRESET} or {"megabytes": N, "amid_training": BOOL}, and reads the
+for each campaign to its standard input, {"kills": PRESET} or {"megabytes": N, "amid_training": BOOL, "auto": BOOL}, and reads the
 rows from its standard output.
 """
 
@@ -25,7 +25,7 @@ def work(task: dict[str, Any], shards: Path, folder: Path) -> list[dict[str, Any
     if preset := task.get("kills"):
         (folder / preset).mkdir()
         return campaign.campaign(preset, KILLS, shards, folder / preset, STEPS)
-    return [memory.sweep(shards, folder, [task["megabytes"]], task["amid_training"])]
+    return [memory.sweep(shards, folder, [task["megabytes"]], task["amid_training"], task["auto"])]
 
 
 def main() -> None:

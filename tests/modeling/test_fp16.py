@@ -128,6 +128,30 @@ def test_gemma_trains_in_fp16_without_a_skipped_step(loud: float) -> None:
     assert scaler.get_scale() == 1024.0
 
 
+@pytest.mark.parametrize("protected", [True, False])
+def test_120_steps_in_fp16_need_the_fp32_islands(protected: bool) -> None:
+    """With gate and up projections as large as long training makes them: without the islands no step gets through."""
+    made, settings = model(loud=3000.0), config(learning_rate=3e-3)
+    if protected:
+        prepare_model(made, settings, CPU, FP16)
+    optimizer, scaler = build_optimizer(made, settings), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    numbers, losses, skipped = np.random.default_rng(0), [], 0
+    pattern = numbers.integers(4, 64, 24)
+    for _ in range(120 if protected else 5):
+        starts = numbers.integers(0, 16, 4)
+        windows = np.stack([pattern[start : start + 9] for start in starts])
+        batch = np.ascontiguousarray(windows[:, :-1]), np.ascontiguousarray(windows[:, 1:])
+        loss = accumulate_gradients(made, [batch], 32, FP16, scaler)
+        figures = apply_update(optimizer, loss, 3e-3, 1.0, scaler)
+        skipped += int(figures.skipped)
+        losses.append(float(figures.loss))
+    if not protected:
+        assert skipped == 5 and not np.isfinite(losses).any()
+        return
+    assert skipped == 0 and np.isfinite(losses).all()
+    assert np.mean(losses[-10:]) < 0.5 * np.mean(losses[:10])
+
+
 def test_gpt2_is_left_as_it_is() -> None:
     made = build_model(build_config("gpt2-10m", hidden_size=16, num_hidden_layers=1), 64, 0, 2, 1, seed=1)
     before = made.transformer.h[0].mlp.forward

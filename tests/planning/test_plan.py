@@ -90,6 +90,22 @@ def test_time_and_sessions() -> None:
     assert steps.tokens == 10 * 2 * 3 * 2 * 2048
 
 
+def test_a_model_smaller_than_any_known_one_is_said_to_be_slower() -> None:
+    assert "for 1B parameters: with fewer it may be much less" in plan_of_ten_million("t4").text()
+    assert "with fewer" not in plan_of_ten_million("cpu").text()
+    assert "with fewer" not in plan("t4").text()
+
+
+def plan_of_ten_million(device: str):
+    small = Peak(GIB, {"weights": GIB, "optimizer": GIB}, "forward", 0, 6_000_000, 4_000_000)
+    return make_plan(build_config("gpt2-10m"), 16_000, device, tracer=lambda *_: small)
+
+
+def test_one_session_is_one() -> None:
+    assert ": 1 session of 12h00m" in plan("t4", tokens=10**6).text()
+    assert " sessions of 12h00m" in plan("t4", tokens=10**10).text()
+
+
 def test_disk() -> None:
     parameters = 700_000_000 + 1152 * 20_000
     made = plan("t4", max_checkpoints=4)

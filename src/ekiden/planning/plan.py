@@ -44,7 +44,10 @@ CHINCHILLA = 20
 
 @dataclass
 class Plan:
-    """What a run needs. Bytes, seconds; a change is {setting: value}; None: not known or not needed."""
+    """What a run needs. Bytes, seconds; a change is {setting: value}; None: not known or not needed.
+
+    says_recipe: whether `text` ends with the recipe, which is the same on every device.
+    """
 
     config: TrainConfig
     vocab_size: int
@@ -61,6 +64,7 @@ class Plan:
     run_bytes: int
     disk_bytes: int | None
     session_seconds: float | None
+    says_recipe: bool = True
 
     @property
     def parameters(self) -> int:
@@ -131,7 +135,7 @@ class Plan:
             _line("time", self._time()),
             _line("disk", self._disk()),
         ]
-        return "\n".join([*lines, *describe_recipe(self.config)])
+        return "\n".join([*lines, *(describe_recipe(self.config) if self.says_recipe else [])])
 
     def _verdict(self) -> str:
         usable = f"{_gib(self.machine.usable_bytes)} of {_gib(self.machine.total_bytes)} can be planned with"
@@ -144,7 +148,14 @@ class Plan:
         return f"DOES NOT FIT: {usable}; it fits with {flags} ({_gib(self.changed_peak.total)}{host}), same global batch"
 
     def _speed(self) -> str:
-        return f"{human_count(self.tokens_per_second)} tokens/s, at {self.efficiency:.0%} of the peak ({self.machine.basis})"
+        least = min(size for size, _ in self.machine.efficiency)
+        smaller = f"; for {human_count(least)} parameters: with fewer it may be much less"
+        basis = self.machine.basis + (
+            smaller if self.machine.name != "cpu" and self.parameters < least / 4 else ""
+        )
+        return (
+            f"{human_count(self.tokens_per_second)} tokens/s, at {self.efficiency:.0%} of the peak ({basis})"
+        )
 
     def _time(self) -> str:
         if self.seconds is None:
@@ -154,7 +165,8 @@ class Plan:
         text = f"{human_duration(self.seconds)} for {human_count(self.tokens or 0)} tokens"
         if self.sessions is None:
             return text
-        return f"{text}: {self.sessions} sessions of {human_duration(self.session_seconds or 0)}"
+        number = f"{self.sessions} session{'s' if self.sessions > 1 else ''}"
+        return f"{text}: {number} of {human_duration(self.session_seconds or 0)}"
 
     def _disk(self) -> str:
         kept = f"{_gb(self.checkpoint_bytes)} a checkpoint, {_gb(self.run_bytes)} for a run that keeps "
@@ -262,8 +274,10 @@ def plans(
         vocab_size = TokenDataset.open(config.dataset_path).tokenizer().vocab_size
     if vocab_size is not None and vocab_size < 3:
         raise UsageError(f"--vocab-size {vocab_size} is too small; give the number of a tokenizer's pieces")
-    for device in devices:
-        yield make_plan(config, vocab_size or DEFAULT_VOCABULARY, device, tokens, room)
+    for index, device in enumerate(devices):
+        made = make_plan(config, vocab_size or DEFAULT_VOCABULARY, device, tokens, room)
+        made.says_recipe = index == 0
+        yield made
 
 
 def smallest_change(
