@@ -85,8 +85,23 @@ def fail_above(limit: int, tried: list[int], monkeypatch: pytest.MonkeyPatch) ->
 
     from ekiden.training import memory, stepping
 
+    # Which would be stopped, too: it runs the same step, on tensors without data.
+    monkeypatch.setattr(microbatch, "predicted_microbatch", lambda *arguments: arguments[3])
     for module in (memory, stepping):
         monkeypatch.setattr(module, "accumulate_gradients", limited)
+
+
+def stop_in_the_second_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the run be told to stop there."""
+    steps = 0
+
+    def stop(index: int, phase: str) -> None:
+        nonlocal steps
+        steps += (index, phase) == (0, "forward")
+        if steps == 2 and (index, phase) == (0, "forward"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(step_module, "fault_hook", stop)
 
 
 def schedule(run: Path, step: int) -> list[list[int]]:
@@ -101,14 +116,7 @@ def test_a_resumed_run_takes_what_was_found_to_the_last_bit(
     train(settings(4, output_dir=tmp_path / "reference", **reference))
     tried: list[int] = []
     fail_above(5, tried, monkeypatch)
-
-    def stop(index: int, phase: str) -> None:
-        stop.steps += (index, phase) == (0, "forward")  # type: ignore[attr-defined]
-        if stop.steps == 2 and phase == "forward":  # type: ignore[attr-defined]
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    stop.steps = 0  # type: ignore[attr-defined]
-    monkeypatch.setattr(step_module, "fault_hook", stop)
+    stop_in_the_second_step(monkeypatch)
     assert train(settings(4, **AUTO)).status == "paused"
     assert tried[:2] == [8, 4]
     assert schedule(tmp_path / "run", 2) == [[0, 8], [0, 4]]
@@ -126,7 +134,8 @@ def test_another_machine_tries_again_with_the_same_global_batch(
     tried: list[int] = []
     with monkeypatch.context() as small:
         fail_above(2, tried, small)
-        train(settings(2, **AUTO))
+        stop_in_the_second_step(small)
+        train(settings(4, **AUTO))
     assert schedule(tmp_path / "run", 2)[-1] == [0, 2]
     monkeypatch.setattr(facts, "cpu_name", lambda: "another processor")
     fail_above(4, tried, monkeypatch)
