@@ -387,6 +387,8 @@ def build_config(recipe: str | None = None, **settings: Any) -> TrainConfig:
         chosen = {"preset": recipe}
     merged = {**chosen, **explicit}
     preset = load_preset(merged.get("preset", TrainConfig.preset))
+    if merged.get("global_batch_size"):  # a preset's accumulation makes a global batch of its own
+        preset.pop("gradient_accumulation_steps", None)
     return validate(TrainConfig(**{**preset, **merged}))
 
 
