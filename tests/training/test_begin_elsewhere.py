@@ -28,7 +28,14 @@ from ekiden.training.start import prepare
 
 Settings = Callable[..., TrainConfig]
 CONSTANT = {"learning_rate": 3e-3, "min_learning_rate_ratio": 1.0, "warmup_steps": 0, "max_grad_norm": 0.0}
-PLAIN = {"preset": "gpt2-10m", "weight_decay": 0.0, "beta1": 0.9, "beta2": 0.999, "optimizer": "adamw", **CONSTANT}
+PLAIN = {
+    "preset": "gpt2-10m",
+    "weight_decay": 0.0,
+    "beta1": 0.9,
+    "beta2": 0.999,
+    "optimizer": "adamw",
+    **CONSTANT,
+}
 
 
 def losses(run: Path) -> list[float]:

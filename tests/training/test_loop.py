@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -25,6 +26,7 @@ from ekiden.training import evaluating
 from ekiden.training import step as step_module
 from ekiden.training.history import read_history
 from ekiden.training.loop import train
+from ekiden.training.state import changed_settings
 
 Settings = Callable[..., TrainConfig]
 
@@ -144,6 +146,15 @@ def test_a_change_that_makes_another_run_is_refused_by_name(
     train(settings(3))
     with pytest.raises(UserError, match=words):
         train(settings(6, **change))
+
+
+def test_a_setting_that_an_older_checkpoint_lacks_was_at_its_default(settings: Settings) -> None:
+    config = settings(3)
+    saved = dataclasses.asdict(config)
+    del saved["document_mask"]
+    assert changed_settings(saved, config) == {}
+    with pytest.raises(UserError, match="--document-mask True differs from the False this run began with"):
+        changed_settings(saved, settings(3, document_mask=True))
 
 
 def test_changes_that_may_be_made_are_recorded(settings: Settings, tmp_path: Path) -> None:

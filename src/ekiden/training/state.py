@@ -256,11 +256,13 @@ def load_weights(model: nn.Module, tensors: TensorDict, where: str) -> None:
 def changed_settings(saved: dict[str, Any], config: TrainConfig) -> dict[str, tuple[Any, Any]]:
     """Return {name: (saved, now)} for every setting that differs from the checkpoint's.
 
+    A setting that the checkpoint does not know, being older than it, was at its default then.
+
     Raises:
         UserError: one of them would make it another run.
     """
-    now = dataclasses.asdict(config)
-    changed = {name: (saved[name], now[name]) for name in now if name in saved and saved[name] != now[name]}
+    now, then = dataclasses.asdict(config), {**dataclasses.asdict(TrainConfig()), **saved}
+    changed = {name: (then[name], value) for name, value in now.items() if then[name] != value}
     for name, (before, after) in changed.items():
         if name not in RESUME_FREE:
             flag = "--" + name.replace("_", "-")
