@@ -22,6 +22,7 @@ from ranks import at_microbatch, infinite, losses, oom, out_of_memory, run_ranks
 
 from ekiden.training import step
 from ekiden.training.history import read_history
+from ekiden.training.ranks import Ranks
 
 STEPS = 4
 GLOBAL_BATCH = 16
@@ -90,6 +91,7 @@ def scenarios(shards: Path, folder: Path) -> dict[str, Any]:
         both[f"oom fsdp {phase}"] = start("oom-fsdp", 2, microbatch=8, parallel="fsdp", fault=fault)
     both["infinite"] = start("infinite", 2, fault=infinite(1, 2), steps=3)
     both["deadline"] = start("deadline", 2, fault=lambda rank: _late(rank), max_time="1h")
+    both["killed while meeting"] = start("killed", 2, fault=lambda rank: _gone(rank), parallel="ddp")
     both["killed"] = start("killed", 2, fault=signalled(1, signal.SIGKILL, count=6), parallel="ddp")
     both["killed, again"] = start("killed", 2, parallel="ddp")
     return both
@@ -127,6 +129,12 @@ def _little_memory(rank: int) -> None:
             out_of_memory()
 
     step.fault_hook = hook
+
+
+def _gone(rank: int) -> None:
+    """Let rank 1 end after it has met rank 0, and before they watch each other."""
+    if rank == 1:
+        Ranks.gather = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment,method-assign]
 
 
 def _late(rank: int) -> None:

@@ -142,6 +142,12 @@ def test_a_deadline_on_one_rank_first_stops_both(left: dict[str, Any]) -> None:
     assert found["result"]["reason"] == "time limit" and len(found["checkpoints"]) == 1
 
 
+def test_a_rank_that_ends_while_they_meet_is_told_of_in_a_sentence(left: dict[str, Any]) -> None:
+    gone = left["killed while meeting"]
+    assert gone["statuses"] == [1, -9]
+    assert "rank 0 could not meet the other 1" in gone["log"] and "Traceback" not in gone["log"]
+
+
 def test_a_rank_that_dies_is_named_and_the_others_end(left: dict[str, Any]) -> None:
     killed, again = left["killed"], left["killed, again"]
     assert killed["statuses"] == [1, -9]

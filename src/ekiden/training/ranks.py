@@ -98,15 +98,17 @@ class Ranks:
                     timeout=GROUP_TIMEOUT,
                 )
             self._control = dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT)
+            store = dist.PrefixStore(f"ekiden/{attempt}", dist.distributed_c10d._get_default_store().clone())  # type: ignore[attr-defined]
+            peers = [
+                Peer(**facts) for facts in self.gather({"host": socket.gethostname(), "pid": os.getpid()})
+            ]
+            self._watch = Watch(store, self.rank, peers, silence_seconds)
+            self.barrier()
         except (RuntimeError, ValueError) as error:
             raise UserError(
                 f"rank {self.rank} could not meet the other {self.world - 1} ({str(error).splitlines()[0]}); start all "
                 "with the same torchrun command, and see that MASTER_ADDR can be reached"
             ) from None
-        store = dist.PrefixStore(f"ekiden/{attempt}", dist.distributed_c10d._get_default_store().clone())  # type: ignore[attr-defined]
-        peers = [Peer(**facts) for facts in self.gather({"host": socket.gethostname(), "pid": os.getpid()})]
-        self._watch = Watch(store, self.rank, peers, silence_seconds)
-        self.barrier()
         self._watch.start()
 
     @property
