@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import model_kinds
 import numpy as np
 import pytest
 import sentencepiece
@@ -19,33 +20,10 @@ from ekiden.tokens.bpe_cache import BpeCache
 from ekiden.tokens.encoders import refusal
 from ekiden.tokens.exact import NASTY, Differs, NotProvable, differing_text
 
-OURS = {
-    "byte_fallback": True,
-    "split_digits": True,
-    "normalization_rule_name": "identity",
-    "add_dummy_prefix": False,
-    "remove_extra_whitespaces": False,
-}
 MODELS: dict[str, dict[str, Any]] = {
-    "ours": OURS,
-    "defaults": {},
+    **model_kinds.MODELS,
     "nfkc without dummy prefix": {"add_dummy_prefix": False, "byte_fallback": True},
-    "no byte fallback": {**OURS, "byte_fallback": False, "character_coverage": 0.98},
-    "space as suffix": {**OURS, "treat_whitespace_as_suffix": True, "add_dummy_prefix": True},
-    "words of several spaces": {**OURS, "split_by_whitespace": False, "allow_whitespace_only_pieces": True},
-    "user's symbols": {**OURS, "user_defined_symbols": ["<think>", "two words", "\n\n", "न्ह", "ab "]},
 }
-
-
-@pytest.fixture(scope="module")
-def sentences(language_folder: Path) -> list[str]:
-    import json
-
-    return [
-        json.loads(line)["text"]
-        for file in sorted(language_folder.rglob("*.jsonl"))
-        for line in file.read_text(encoding="utf-8").splitlines()
-    ]
 
 
 @pytest.fixture(scope="module")

@@ -2,46 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import random
 from pathlib import Path
-from typing import Any
 
 import pytest
 import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from model_kinds import MODELS
 
 from ekiden.tokenizer.load import Tokenizer, load_tokenizer
 from ekiden.tokens import kernel, unigram_search
 from ekiden.tokens.encoders import refusal
 from ekiden.tokens.exact import NASTY, NotProvable, differing_text
 from ekiden.tokens.unigram_search import UnigramSearch
-
-OURS = {
-    "byte_fallback": True,
-    "split_digits": True,
-    "normalization_rule_name": "identity",
-    "add_dummy_prefix": False,
-    "remove_extra_whitespaces": False,
-}
-MODELS: dict[str, dict[str, Any]] = {
-    "ours": OURS,
-    "defaults": {},
-    "no byte fallback": {**OURS, "byte_fallback": False, "character_coverage": 0.98},
-    "space as suffix": {**OURS, "treat_whitespace_as_suffix": True, "add_dummy_prefix": True},
-    "words of several spaces": {**OURS, "split_by_whitespace": False, "allow_whitespace_only_pieces": True},
-    "user's symbols": {**OURS, "user_defined_symbols": ["<think>", "two words", "\n\n", "न्ह", "ab "]},
-}
-
-
-@pytest.fixture(scope="module")
-def sentences(language_folder: Path) -> list[str]:
-    return [
-        json.loads(line)["text"]
-        for file in sorted(language_folder.rglob("*.jsonl"))
-        for line in file.read_text(encoding="utf-8").splitlines()
-    ]
 
 
 @pytest.fixture(scope="module")
