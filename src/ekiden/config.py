@@ -79,6 +79,9 @@ class TrainConfig:
     """Smallest share of a language in that last part, as long as its text is read 4 times at most; 0: none."""
     language_weights: dict[str, float] = field(default_factory=dict)
     """Explicit mixture instead of temperature, as name=share pairs: english=0.6,hindi=0.4. Others are left out."""
+    final_language_weights: dict[str, float] = field(default_factory=dict)
+    """Explicit mixture of the last final_share of the run instead of final_temperature, as name=share pairs: a language that
+    is not named has no part in it."""
     max_epochs_per_language: float = 0.0
     """Cap on how often a language's text is repeated over the whole run, in epochs; 0 means no cap."""
 

@@ -92,6 +92,10 @@ def _check_together(config: TrainConfig) -> None:
             f"--optimizer-moments {config.optimizer_moments} rounds away a second moment that moves as slowly as with "
             f"--beta2 {config.beta2}; give --beta2 0.98 or less, or --optimizer-moments fp32 or 8bit"
         )
+    if config.final_language_weights and not config.final_share:
+        raise UsageError(
+            "--final-language-weights needs --final-share: the share of the run, at its end, that they hold for"
+        )
     if config.max_steps == 0 and config.epochs == 0:
         raise UsageError("one of --max-steps and --epochs must be above 0")
     if config.decay_from and (config.init_from or config.resume_from != "auto"):

@@ -507,6 +507,49 @@ def test_no_later_shares_for_one_language_or_explicit_weights():
     assert plan_mixture(LANGUAGES, 8, 0, **ends | {"final_share": 0.0}).later == ()
 
 
+shares_by_name = st.dictionaries(st.sampled_from(sorted(LANGUAGES)), st.floats(0.01, 1), min_size=1)
+
+
+@given(shares_by_name, shares_by_name, st.floats(0.05, 1), st.integers(1, 3 * BLOCK))
+def test_explicit_shares_at_the_end_are_those_of_the_last_part(begin, end, final_share, total):
+    end = {name: weight for name, weight in end.items() if name in begin} or begin
+    mixture = plan_mixture(
+        LANGUAGES, 64, 3, 1.0, begin, None, total, 0.5, final_share=final_share, final_weights=end
+    )
+    assert Mixture.from_dict(json.loads(json.dumps(mixture.as_dict()))) == mixture
+    first = 0 if len(begin) == 1 else round((1 - final_share) * total)
+    languages, starts, epochs = mixture.locate(numbers(0, total))
+    names = np.array(mixture.languages)[languages]
+    assert set(names[first:].tolist()) <= set(end)
+    counts = np.bincount(languages, minlength=len(mixture.languages))
+    assert mixture.samples_of(total) == dict(zip(mixture.languages, counts.tolist()))
+    block = names[first : first + BLOCK]
+    if len(block) == BLOCK:
+        for name, weight in end.items():
+            share = weight / sum(end.values())
+            assert abs((block == name).sum() / BLOCK - share) <= len(end) / BLOCK
+    for number, windows in enumerate(mixture.windows):
+        own = epochs[languages == number]
+        assert (own == np.arange(len(own)) // windows).all()
+        assert (starts[languages == number] + 64 < max(65, mixture.tokens[number])).all()
+
+
+def test_a_language_left_out_at_the_end_stays_readable_in_the_lines_and_the_cap():
+    ends = {"total_samples": 1_000, "final_share": 0.5, "final_weights": {"a": 1}}
+    mixture = plan_mixture({"a": 1_000, "b": 3_000}, 8, 0, 1, **ends)
+    assert "b: 75.0% of the samples, 0.0% at the end" in mixture.describe(8_000)
+    whole = plan_mixture({"a": 1_000, "b": 3_000}, 8, 0, 1, **ends | {"final_share": 1.0})
+    assert whole == plan_mixture({"a": 1_000, "b": 3_000}, 8, 0, weights={"a": 1})
+    with pytest.raises(UserError, match="--max-epochs-per-language 4 leaves text"):
+        plan_mixture({"a": 1_000, "b": 3_000}, 8, 0, 1, max_epochs=4, **ends)
+    with pytest.raises(UsageError, match=r"--final-language-weights names 'c', of which .* in the run"):
+        plan_mixture({"a": 9, "b": 9}, 8, 0, **ends | {"final_weights": {"c": 1}})
+    with pytest.raises(UsageError, match="--final-language-weights names 'b'"):
+        plan_mixture(
+            {"a": 9, "b": 9, "c": 9}, 8, 0, weights={"a": 1, "c": 1}, **ends | {"final_weights": {"b": 1}}
+        )
+
+
 # -- a smallest share at the end -------------------------------------------------------------------------------
 
 

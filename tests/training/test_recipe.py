@@ -127,6 +127,11 @@ def test_every_preset_says_its_recipe_and_where_it_comes_from(preset: str) -> No
     assert "AdamW at" in adamw and "as --language-weights says" in adamw
     ends = "\n".join(describe_recipe(build_config(preset, final_share=0.6, final_min_share=0.2)))
     assert "in the last 60%, none below 20%" in ends
+    own = build_config(preset, language_weights="a=1,b=2", final_language_weights="b=1", final_share=0.6)
+    explicit = "\n".join(describe_recipe(own))
+    assert "as --language-weights says, as --final-language-weights says in the last 60%" in explicit
+    with pytest.raises(UsageError, match="--final-language-weights needs --final-share"):
+        build_config(preset, final_language_weights="b=1")
 
 
 def test_the_recipes_settings_are_settings() -> None:

@@ -235,12 +235,15 @@ class Mixture:
         return "\n".join(lines)
 
     def ending_with(self, shares: Mapping[str, float], first_sample: int) -> Mixture:
-        """Return this order up to `first_sample`, and after it one with other shares of the same languages."""
+        """Return this order up to `first_sample`, and after it one with other shares of the same languages; those
+        that `shares` does not name are read no more."""
         earlier = tuple(part for part in self.later if part[0] < first_sample)
-        quotas = _apportion({name: shares[name] for name in self.languages})
-        last = tuple(quotas[name] for name in self.languages)
+        quotas = _apportion({name: shares[name] for name in self.languages if name in shares})
+        last = tuple(quotas.get(name, 0) for name in self.languages)
         if first_sample == 0:
-            return replace(self, quotas=last, later=())
+            sizes = dict(zip(self.languages, self.tokens))
+            kept = tuple(sizes[name] for name in quotas)
+            return Mixture(tuple(quotas), tuple(quotas.values()), kept, self.length, self.seed)
         return replace(self, later=(*earlier, (first_sample, last)))
 
     def as_dict(self) -> dict[str, Any]:
@@ -285,7 +288,7 @@ class Mixture:
         for begin, quotas in self.later:
             if type(begin) is not int or begin <= before or not all(type(q) is int for q in quotas):
                 raise ValueError(f"later shares {self.later!r} do not begin one after the other")
-            if len(quotas) != len(self.languages) or sum(quotas) != BLOCK or min(quotas) < 1:
+            if len(quotas) != len(self.languages) or sum(quotas) != BLOCK or min(quotas) < 0:
                 raise ValueError(f"quotas {quotas} do not make a block of {BLOCK}")
             before = begin
 
@@ -309,6 +312,7 @@ def plan_mixture(
     final_temperature: float | None = None,
     final_share: float = 0.0,
     final_floor: float = 0.0,
+    final_weights: Mapping[str, float] | None = None,
 ) -> Mixture:
     """Return the mixture for languages of the given sizes.
 
@@ -325,13 +329,16 @@ def plan_mixture(
             read more while the learning rate falls, when what is read is kept best. None, or explicit weights: as
             before.
         final_floor: smallest share of a language in that last part; `final_shares` says more.
+        final_weights: explicit weights of that last part instead of both; a language that is not named has no part in it.
 
     Raises:
         UsageError: weights for a language that is not there, or none above 0; a value that is no weight.
         UserError: the cap leaves too little text for the run, or there are too many languages.
     """
     assert tokens and min(tokens.values()) > 0 and length > 0
-    raw = _explicit(weights, tokens) if weights else _by_temperature(tokens, temperature)
+    raw = (
+        _explicit(weights, tokens, "--language-weights") if weights else _by_temperature(tokens, temperature)
+    )
     if len(raw) > BLOCK:
         raise UserError(
             f"the shards hold {len(raw)} languages, a mixture at most {BLOCK}; leave some out by "
@@ -346,11 +353,15 @@ def plan_mixture(
     mixture = Mixture(
         names, tuple(quotas[name] for name in names), tuple(tokens[name] for name in names), length, seed
     )
-    if final_temperature is None or weights or not 0 < final_share <= 1 or len(names) == 1:
+    if not 0 < final_share <= 1 or len(names) == 1:
+        return mixture
+    if not final_weights and (final_temperature is None or weights):
         return mixture
     assert total_samples is not None and total_samples > 0
     first = round((1 - final_share) * total_samples)
-    shares = final_shares(mixture, final_temperature, first, total_samples, max_epochs, final_floor)
+    shares = final_shares(
+        mixture, final_temperature or 0.0, first, total_samples, max_epochs, final_floor, final_weights
+    )
     return mixture.ending_with(shares, first)
 
 
@@ -361,6 +372,7 @@ def final_shares(
     total_samples: int,
     max_epochs: float | None = None,
     floor: float = 0.0,
+    weights: Mapping[str, float] | None = None,
 ) -> dict[str, float]:
     """Return the shares of the samples from `first` to the end of a run of `total_samples`, by `temperature`.
 
@@ -368,14 +380,20 @@ def final_shares(
         max_epochs: of a language over the whole run, what was read before `first` included.
         floor: no language has less than this (or than an equal share, where there are many), as long as its text is
             read FLOOR_EPOCHS times at most; the others give it in proportion.
+        weights: explicit weights instead of temperature and floor; a language that is not named is read no more.
 
     Raises:
+        UsageError: weights for a language that the run does not read.
         UserError: the cap leaves too little text for the rest of the run.
     """
     sizes = dict(zip(mixture.languages, mixture.tokens))
-    shares = _by_temperature(sizes, temperature)
+    shares = (
+        _explicit(weights, sizes, "--final-language-weights")
+        if weights
+        else _by_temperature(sizes, temperature)
+    )
     read = mixture.samples_of(first)
-    if floor:
+    if floor and not weights:
         total = max(1, total_samples - first) * mixture.length
         unread = {name: max(0.0, FLOOR_EPOCHS * n - read[name] * mixture.length) for name, n in sizes.items()}
         shares = _raised(shares, {name: min(floor, n / total) for name, n in unread.items()})
@@ -384,6 +402,7 @@ def final_shares(
     left = {
         name: max(0.0, count - read[name] * mixture.length)
         for name, count in _texts(sizes, max_epochs).items()
+        if name in shares
     }
     return _capped(shares, left, max(1, total_samples - first) * mixture.length, max_epochs)
 
@@ -407,19 +426,18 @@ def _by_temperature(tokens: Mapping[str, int], temperature: float) -> dict[str, 
     return {name: max((tokens[name] / largest) ** temperature, 1e-9) for name in sorted(tokens)}
 
 
-def _explicit(weights: Mapping[str, float], tokens: Mapping[str, int]) -> dict[str, float]:
-    """Return the given weights above 0, by name."""
+def _explicit(weights: Mapping[str, float], tokens: Mapping[str, int], flag: str) -> dict[str, float]:
+    """Return the given weights above 0, by name; `flag` is where they were given."""
     for name, weight in weights.items():
         if name not in tokens:
             raise UsageError(
-                f"--language-weights names {name!r}, of which there is no training text"
-                f"{nearest(name, tokens)}"
+                f"{flag} names {name!r}, of which there is no training text in the run{nearest(name, tokens)}"
             )
         if not 0 <= weight < math.inf:
-            raise UsageError(f"--language-weights {name}={weight} is not a share; give 0 or a number above")
+            raise UsageError(f"{flag} {name}={weight} is not a share; give 0 or a number above")
     above = {name: float(weights[name]) for name in sorted(weights) if weights[name] > 0}
     if not above:
-        raise UsageError("--language-weights gives no language a share above 0; give at least one")
+        raise UsageError(f"{flag} gives no language a share above 0; give at least one")
     return above
 
 

@@ -11,7 +11,7 @@ SETTINGS = (
     "initialization optimizer learning_rate matrix_learning_rate muon_momentum muon_first_momentum "
     "muon_momentum_steps beta1 beta2 adam_epsilon weight_decay schedule warmup_steps decay_ratio "
     "min_learning_rate_ratio max_grad_norm temperature final_temperature final_share final_min_share "
-    "max_epochs_per_language language_weights"
+    "max_epochs_per_language language_weights final_language_weights"
 ).split()
 """The settings that make the recipe."""
 
@@ -31,10 +31,11 @@ def describe_recipe(config: TrainConfig) -> list[str]:
         schedule = f"constant, then a line over the last {config.decay_ratio:.0%} of the run"
     else:
         schedule = "half a cosine"
-    mixture = f"n^{config.temperature:g}"
-    if config.language_weights:
-        mixture = "as --language-weights says"
-    elif config.final_share:
+    explicit = bool(config.language_weights)
+    mixture = "as --language-weights says" if explicit else f"n^{config.temperature:g}"
+    if config.final_share and config.final_language_weights:
+        mixture += f", as --final-language-weights says in the last {config.final_share:.0%}"
+    elif config.final_share and not explicit:
         mixture += f", n^{config.final_temperature:g} in the last {config.final_share:.0%}"
         if config.final_min_share:
             mixture += f", none below {config.final_min_share:.0%}"

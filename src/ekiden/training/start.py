@@ -223,7 +223,8 @@ def begin_decay(state: TrainingState, source: dict[str, Any], dataset: TokenData
     rate = learning_rate(counters.step, then, planned)
     steps = config.decay_steps or max(1, counters.step // 4)
     counters.decay = [counters.step, steps, rate]
-    if config.final_share and not config.language_weights and len(state.mixture.languages) > 1:
+    shares_change = config.final_language_weights or not config.language_weights
+    if config.final_share and shares_change and len(state.mixture.languages) > 1:
         first = counters.data_step(counters.step) * counters.global_batch
         total = first + steps * counters.global_batch
         shares = final_shares(
@@ -233,6 +234,7 @@ def begin_decay(state: TrainingState, source: dict[str, Any], dataset: TokenData
             total,
             config.max_epochs_per_language or None,
             config.final_min_share,
+            config.final_language_weights or None,
         )
         state.mixture = state.mixture.ending_with(shares, first)
     say(f"decaying over {steps} steps from step {counters.step}, from a learning rate of {rate:g}")
@@ -281,6 +283,7 @@ def fresh_mixture(config: TrainConfig, dataset: TokenDataset, global_batch: int)
         final_temperature=config.final_temperature,
         final_share=config.final_share,
         final_floor=config.final_min_share,
+        final_weights=config.final_language_weights or None,
     )
 
 
