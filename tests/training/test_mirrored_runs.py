@@ -53,10 +53,10 @@ def train_and_stop(config, run: Path, step: int):
 
     before = loop.Trainer._due
 
-    def due(self, every):
+    def due(self):
         if self.counters.step == step:
             (run / "stop").touch()
-        return before(self, every)
+        return before(self)
 
     loop.Trainer._due = due
     try:

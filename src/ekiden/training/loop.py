@@ -83,21 +83,12 @@ def _train(config: TrainConfig, ranks: Ranks) -> TrainResult:
             if isinstance(error, PeerLost):
                 speaks = ranks.main or not error.quiet
             if speaks:
-                write_failure(run, error)
+                run.write_failure(error)
             if is_out_of_memory(error):
                 raise UserError(
                     f"the memory is used up ({error}); lower --max-length or choose a smaller preset, and run again"
                 ) from None
             raise
-
-
-def write_failure(run: RunDirectory, error: BaseException) -> None:
-    """Leave `result.json` as failed, with what the checkpoints and the history still hold."""
-    names = sorted(path.name for path in run.checkpoints.glob("step-*")) if run.checkpoints.is_dir() else []
-    step = int(names[-1].removeprefix("step-")) if names else 0
-    run.write_result(
-        TrainResult("failed", step, 0, str(error) or type(error).__name__, names[-1] if names else None)
-    )
 
 
 def open_report(run: Path) -> ReportWriter:
@@ -209,8 +200,7 @@ class Trainer:
                 if reason and self.counters.step < last:
                     return reason
                 # Not amid bad steps: a roll-back should go to before them.
-                due = self._due(self.config.save_steps) and self.counters.bad_in_row == 0
-                if due or self.save_asked:
+                if ("save" in self._due() and self.counters.bad_in_row == 0) or self.save_asked:
                     self.save_asked = False
                     self._save(wait=not self.config.background_save)
         finally:
@@ -225,7 +215,7 @@ class Trainer:
             self._go_back_smaller()
             return None
         self.unseen.append((self.counters.step, figures, Later(figures.skipped)))
-        went_back = self._look_back(leave=0 if self._anything_due() else 1)
+        went_back = self._look_back(leave=0 if self._due() else 1)
         seconds = time.perf_counter() - began
         self.step_seconds = max(seconds, 0.9 * self.step_seconds)
         self.clock.add("training", seconds)
@@ -248,21 +238,22 @@ class Trainer:
                 return True
         return False
 
-    def _anything_due(self) -> bool:
-        """Return whether something is made of this step that has to know how it ended."""
-        config, step = self.config, self.counters.step
-        every = (config.log_steps, config.eval_steps, config.sample_steps, config.save_steps)
-        return step in (1, self.start.max_steps) or any(map(self._due, every))
+    def _due(self) -> set[str]:
+        """Return what is made of this step: "log", "evaluation", "samples", "save"; the last step's end has its own."""
+        config, step, last = self.config, self.counters.step, self.start.max_steps
+        every = {"log": config.log_steps, "save": config.save_steps}
+        if step < last:
+            every |= {"evaluation": config.eval_steps, "samples": config.sample_steps}
+        always = {"log"} if step in (1, last) else set()
+        return always | {name for name, steps in every.items() if steps > 0 and step % steps == 0}
 
     def _records(self, figures: StepFigures) -> dict[str, object]:
         """Log, evaluate and sample where this step is due; return the figures to show."""
-        config, step, last = self.config, self.counters.step, self.start.max_steps
-        shown: dict[str, object] = {}
-        if self._due(config.log_steps) or step in (1, last):
-            shown = self._log(figures)
-        if self._due(config.eval_steps) and step < last:
-            self._evaluate(config.eval_tokens)
-        if self._due(config.sample_steps) and step < last:
+        due = self._due()
+        shown = self._log(figures) if "log" in due else {}
+        if "evaluation" in due:
+            self._evaluate(self.config.eval_tokens)
+        if "samples" in due:
             self._samples()
         return shown
 
@@ -272,9 +263,6 @@ class Trainer:
         number = 1 + REASONS.index(own) if own else 0
         agreed, save = self.ranks.agree([number, self.interruption.save_requested()])
         return REASONS[int(agreed) - 1] if agreed else None, bool(save)
-
-    def _due(self, every: int) -> bool:
-        return every > 0 and self.counters.step % every == 0
 
     def _reserve_seconds(self) -> float:
         """Time that the next step and the last save need before a deadline, twice over since disks are moody."""

@@ -108,6 +108,13 @@ class RunDirectory:
         except OSError as error:
             say(f"result.json could not be written ({files.reason(error)})")
 
+    def write_failure(self, error: BaseException) -> None:
+        """Leave `result.json` as failed, with what the checkpoints and the history still hold."""
+        names = sorted(path.name for path in self.checkpoints.glob("step-*"))
+        step = int(names[-1].removeprefix("step-")) if names else 0
+        reason = str(error) or type(error).__name__
+        self.write_result(TrainResult("failed", step, 0, reason, names[-1] if names else None))
+
 
 def default_checkpoint_budget(checkpoints: Path) -> int | None:
     """Return the bytes that checkpoints may take where the user has set none; None: what the disk allows.
