@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import sys
 from pathlib import Path
 
 import pyarrow
@@ -165,6 +166,24 @@ def test_compressed_files_are_read_and_a_damaged_rest_is_counted(tmp_path: Path,
     assert sum(ledger.rejected.values()) >= 1
     path.write_bytes(b"not compressed at all")
     assert dict(read(path)[1].rejected) == {"damaged compressed file": 1}
+
+
+@pytest.mark.parametrize("isal", [True, False])
+def test_a_flipped_bit_of_a_gz_file_is_counted(
+    tmp_path: Path, isal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not isal:
+        monkeypatch.setitem(sys.modules, "isal", None)
+    lines = [json.dumps({"text": f"document {i * 7919}"}).encode() + b"\n" for i in range(200)]
+    packed = gzip.compress(b"".join(lines))
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(packed)
+    assert len(read(path)[0]) == 200
+    for place in range(12, len(packed), max(1, len(packed) // 60)):
+        data = bytearray(packed)
+        data[place] ^= 16
+        path.write_bytes(data)
+        assert sum(read(path)[1].rejected.values()) >= 1
 
 
 def test_parquet_by_row_group(tmp_path: Path) -> None:

@@ -49,11 +49,12 @@ class Version:
 
 @dataclass
 class SessionFault:
-    """What happens to the next session: `faults` inside it; stale: it mounts an older version of its kernel source; lie:
-    the status that is shown in place of the true one; never: it stays queued."""
+    """What happens to the next session: `faults` inside it; stale: it mounts an older version of its kernel source,
+    stale_corpus: of its datasets; lie: the status that is shown in place of the true one; never: it stays queued."""
 
     faults: Faults = field(default_factory=Faults)
     stale: bool = False
+    stale_corpus: bool = False
     lie: str = ""
     never: bool = False
 
@@ -76,7 +77,10 @@ class StandIn:
         self.upload_cuts: dict[str, list[int]] = {}
         self.lose_files: list[str] = []
         self.expired_uploads: list[str] = []
-        self.settle = 0
+        self.settle = (
+            0  # requests after an upload, and kernel_settle: after a push, that the version before answers
+        )
+        self.kernel_settle = 0
         self.output_limit = 20_000_000_000
         self.hold_seconds = 0.0  # that a session waits for its machine
         self.unsettled: dict[str, int] = {}
@@ -196,6 +200,14 @@ class StandIn:
             raise Refused(403, "Permission 'kernels.get' was denied")
         return self.kernels[ref]
 
+    def _shown(self, body: dict[str, Any]) -> Version:
+        """Return the version that is shown: for some requests after a push it is still the one before."""
+        versions, ref = self._kernel(body), f"{body['userName']}/{body['kernelSlug']}"
+        if self.unsettled.get(ref, 0) > 0 and len(versions) > 1:
+            self.unsettled[ref] -= 1
+            return versions[-2]
+        return versions[-1]
+
     def save_kernel(self, body: dict[str, Any]) -> dict[str, Any]:
         assert len(body["text"].encode()) < 1_000_000
         assert re.sub(r"[^a-z0-9]+", "-", body["newTitle"].lower()) == body["slug"].split("/")[1]
@@ -210,7 +222,7 @@ class StandIn:
         # What is mounted is what stands now, even where the session begins later.
         fault = self.session_faults.pop(0) if self.session_faults else SessionFault()
         inputs = {
-            f"datasets/{ref}": self.datasets[ref][-1]
+            f"datasets/{ref}": self.datasets[ref][0 if fault.stale_corpus else -1]
             for ref in body.get("datasetDataSources", [])
             if ref not in invalid_datasets
         }
@@ -219,6 +231,7 @@ class StandIn:
             inputs[f"notebooks/{ref}"] = kept[0 if fault.stale else -1].folder
         versions = self.kernels[body["slug"]]
         versions.append(version)
+        self.unsettled[body["slug"]] = self.kernel_settle
         self.numbers += 1
         folder = self.folder / "sessions" / str(self.numbers)
         if not fault.never:
@@ -248,11 +261,11 @@ class StandIn:
         self.log.append(session.log)
 
     def get_kernel_session_status(self, body: dict[str, Any]) -> dict[str, Any]:
-        version = self._kernel(body)[-1]
+        version = self._shown(body)
         return {"status": version.status, "failureMessage": version.message}
 
     def list_kernel_session_output(self, body: dict[str, Any]) -> dict[str, Any]:
-        version = self._kernel(body)[-1]
+        version = self._shown(body)
         files = sorted(p for p in version.folder.rglob("*") if p.is_file()) if version.kept else []
         first, size = int(body.get("pageToken") or 0), 20
         page = [

@@ -6,10 +6,12 @@ import base64
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import tomllib
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +24,7 @@ from sessions import Faults, Session, Zygote
 
 from ekiden.config import preset_names
 from ekiden.kaggle import inputs, leg
+from ekiden.kaggle import session as session_steps
 from ekiden.kaggle.inputs import PACK_MANIFEST
 from ekiden.kaggle.launcher import MAX_BYTES, packed_package, render
 from ekiden.kaggle.session import Ended
@@ -108,8 +111,28 @@ def test_the_package_that_travels_is_whole(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", source], env=environment, capture_output=True, text=True, check=True
     )
+    assert (tmp_path / "package" / "ekiden" / "tokens" / "kernel.c").is_file()
     assert done.stdout.split() == [str(tmp_path / "package" / "ekiden" / "config.py"), *preset_names()]
     assert len(render({}).encode()) < MAX_BYTES
+
+
+def test_what_an_image_lacks_is_known_and_installed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    dependencies = {re.split(r"[<>=]", item)[0] for item in project["dependencies"]}
+    needed = {session_steps.DISTRIBUTIONS.get(name, name) for name in session_steps.NEEDED}
+    assert needed | session_steps.SPARED == dependencies and not needed & session_steps.SPARED
+    assert session_steps.install_missing() == []
+    commands: list[list[str]] = []
+
+    def run(command: list[str], **_: Any) -> Any:
+        commands.append(command[4:])
+        return subprocess.CompletedProcess(command, len(commands) - 1, stderr="no network")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert session_steps.install_missing(["json", "no_such", "no.such"]) == ["no_such", "no.such"]
+    assert commands == [["--quiet", "--no-deps", "no_such", "no.such"]]
+    with pytest.raises(Ended, match="pip install no_such failed: no network"):
+        session_steps.install_missing(["no_such"])
 
 
 def test_a_leg_begins_with_the_standard_library_alone() -> None:

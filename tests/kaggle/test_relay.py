@@ -6,6 +6,7 @@ import datetime
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from ekiden.errors import UserError
 from ekiden.kaggle import launcher
 from ekiden.kaggle import relay as relays
 from ekiden.kaggle.client import Kaggle, KaggleError, Quota
+from ekiden.kaggle.inputs import PACK_MANIFEST
 from ekiden.kaggle.relay import Patience, run_relay
 from ekiden.kaggle.results import describe, load_relay, pull, quota_now
 from ekiden.kaggle.state import Attempt, RelaySettings, RelayState
@@ -113,7 +115,8 @@ def test_ten_legs_with_every_fault_are_one_run(
     monkeypatch.setattr(launcher, "OUTPUT_BYTES", OUTPUT_LIMIT)
     good, stale = SessionFault(), SessionFault(stale=True)
     ready.session_faults = [
-        *(SessionFault(Faults(hide_inputs=True)), good),  # the corpus is not mounted
+        SessionFault(Faults(hide_inputs=True)),  # the corpus is not mounted
+        *(SessionFault(stale_corpus=True), good),  # an older version of it is
         *(SessionFault(Faults(gpus=0)), good),  # a CPU without a word
         SessionFault(Faults(kill_after=0.5)),  # the wall: output lost
         *(SessionFault(Faults(exit_status=137)), good),  # an error: output lost
@@ -126,6 +129,12 @@ def test_ten_legs_with_every_fault_are_one_run(
     ]
     ready.push_errors = [SESSIONS, SESSIONS, QUOTA]
     ready.push_invalid = [["tester/tiny-corpus-1"]]
+    ready.kernel_settle = 2  # status and output are for a while those of the version before
+    for ref, versions in ready.datasets.items():
+        older = shutil.copytree(versions[0], tmp_path / "older" / ref)
+        manifest = json.loads((older / PACK_MANIFEST).read_text())
+        (older / PACK_MANIFEST).write_text(json.dumps({**manifest, "fingerprint": "0" * 64}))
+        versions.insert(0, older)
     ready.quota |= {"used": 107_999.0, "refresh": time.time() + 2}
     for method in (
         "SaveKernel",
@@ -144,7 +153,7 @@ def test_ten_legs_with_every_fault_are_one_run(
     outcomes = Counter(attempt.outcome for attempt in state.attempts)
     assert outcomes["completed"] == 1 and outcomes["paused"] >= 9
     assert (
-        min(outcomes[name] for name in ("no-corpus", "no-gpu", "stuck")) == 1 and outcomes["stale-input"] == 4
+        min(outcomes[name] for name in ("no-corpus", "no-gpu", "stuck")) == 1 and outcomes["stale-input"] == 5
     )
     assert [a.leg for a in state.attempts].count(8) == 2  # gone back to
     assert outcomes["lost"] == 4

@@ -67,9 +67,12 @@ def require_gpus(count: int) -> None:
         raise Ended("no-gpu", f"{len(names)} GPU{'s' * (len(names) != 1)} found, {count} needed")
 
 
-NEEDED = "click filelock fsspec huggingface_hub numpy orjson psutil pyarrow yaml safetensors sentencepiece tokenizers".split()
-NEEDED += "torch tqdm transformers xxhash".split()
-DISTRIBUTIONS = {"yaml": "pyyaml"}
+NEEDED = "click filelock fsspec google.protobuf huggingface_hub numpy orjson psutil pyarrow yaml safetensors".split()
+NEEDED += "sentencepiece tokenizers torch tqdm transformers xxhash".split()
+"""The package's dependencies, but for those below."""
+DISTRIBUTIONS = {"yaml": "pyyaml", "google.protobuf": "protobuf"}
+SPARED = {"isal", "zstandard"}
+"""Dependencies without which everything works, `isal` faster: the images lack it, and a session may have no network."""
 
 
 def install_missing(modules: Iterable[str] = NEEDED) -> list[str]:
@@ -78,7 +81,7 @@ def install_missing(modules: Iterable[str] = NEEDED) -> list[str]:
     Raises:
         Ended: pip failed.
     """
-    missing = [DISTRIBUTIONS.get(name, name) for name in modules if importlib.util.find_spec(name) is None]
+    missing = [DISTRIBUTIONS.get(name, name) for name in modules if not _found(name)]
     if missing:
         say(f"installing {', '.join(missing)}")
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", *missing]
@@ -86,3 +89,9 @@ def install_missing(modules: Iterable[str] = NEEDED) -> list[str]:
         if done.returncode:
             raise Ended("failed", f"pip install {' '.join(missing)} failed: {done.stderr.strip()[-300:]}")
     return missing
+
+
+def _found(module: str) -> bool:
+    with contextlib.suppress(ModuleNotFoundError):  # of a module's parent
+        return importlib.util.find_spec(module) is not None
+    return False
