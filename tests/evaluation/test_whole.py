@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from ekiden.config import TrainConfig
+from ekiden.checkpoint.manifest import NAME as MANIFEST
+from ekiden.config import TrainConfig, build_config
 from ekiden.errors import UserError
 from ekiden.evaluation.loss import check_tokenizer, evaluate_model, format_evaluation
 from ekiden.evaluation.samples import sample_texts
@@ -22,6 +24,8 @@ from ekiden.tokens.batches import Batches
 from ekiden.tokens.build import preprocess
 from ekiden.tokens.format import TokenDataset
 from ekiden.tokens.mixture import plan_mixture
+from ekiden.training.history import read_history
+from ekiden.training.loop import train
 
 WORDS = {
     "english": "the a river house bird green old walks sings under over morning and with light stone".split(),
@@ -147,3 +151,52 @@ def test_batches_of_real_shards_are_the_same_for_every_number_of_ranks(folder):
                 for inputs, targets in batches.microbatches(7, 2, rank, world):
                     read.extend(np.hstack([inputs, targets[:, -1:]]))
         assert np.array_equal(read, expected)
+
+
+@pytest.mark.parametrize("preset", ["gpt2-10m", "gemma3-tiny"])
+def test_a_run_with_masked_documents_is_evaluated_as_it_was_trained(
+    folder: Path, tmp_path: Path, preset: str
+) -> None:
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2 if preset == "gpt2-10m" else 1, "head_dim": 8}
+    config = build_config(
+        preset,
+        dataset_path=str(folder / "shards"),
+        output_dir=str(tmp_path / "run"),
+        hidden_size=16,
+        num_hidden_layers=2,
+        intermediate_size=32,
+        max_length=64,
+        sliding_window=24,
+        batch_size=4,
+        max_steps=20,
+        learning_rate=0.03,
+        warmup_steps=1,
+        eval_tokens=0,
+        eval_steps=0,
+        sample_tokens=1,
+        report=False,
+        document_mask=True,
+        device="cpu",
+        num_threads=1,
+        **heads,
+    )
+    train(config)
+    history = read_history(tmp_path / "run" / "history.jsonl")
+    during = next(record for record in history if record["kind"] == "eval")["languages"]
+    model = tmp_path / "run" / "final_model"
+    settings = json.loads((model / "config.json").read_text())
+    assert settings["document_mask"] is True
+    assert "saw its own document alone" in (model / "README.md").read_text()
+
+    def losses(path: Path) -> dict[str, float]:
+        found = evaluate_model(path, folder / "shards", device="cpu")
+        return {name: row["loss"] for name, row in found["languages"].items()}
+
+    assert losses(model) == pytest.approx({name: row["loss"] for name, row in during.items()}, rel=1e-6)
+    # The same weights, all documents of a window seen: another loss.
+    unmasked = tmp_path / "unmasked"
+    shutil.copytree(model, unmasked)
+    (unmasked / MANIFEST).unlink()
+    del settings["document_mask"]
+    (unmasked / "config.json").write_text(json.dumps(settings))
+    assert losses(unmasked) != pytest.approx(losses(model), rel=1e-4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -24,9 +25,8 @@ IDS = torch.arange(16).reshape(2, 8)
 
 def config(**changes: object) -> TrainConfig:
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "hidden_size": 16}
-    return build_config(
-        "gemma3-tiny", num_hidden_layers=2, intermediate_size=32, max_length=8, **{**heads, **changes}
-    )
+    shape = {"num_hidden_layers": 2, "intermediate_size": 32, "max_length": 8, **heads}
+    return build_config("gemma3-tiny", **{**shape, **changes})
 
 
 def model(loud: float = 1.0):
@@ -111,45 +111,64 @@ def test_scales_are_powers_of_two_by_token(exponent: int) -> None:
     assert torch.equal(values / scale * scale, values)
 
 
+def train_steps(
+    made: PreTrainedModel, rate: float, batches: Iterable[np.ndarray]
+) -> tuple[list[float], int, float]:
+    """Take a step with each batch of windows [4, 9]; return losses, steps skipped, and the scale at the end."""
+    settings = config(learning_rate=rate, optimizer="adamw")
+    optimizer, scaler = build_optimizer(made, settings), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    losses, skipped = [], 0
+    for windows in batches:
+        batch = np.ascontiguousarray(windows[:, :-1]), np.ascontiguousarray(windows[:, 1:])
+        loss = accumulate_gradients(made, [batch], 32, FP16, scaler)
+        figures = apply_update(optimizer, loss, rate, 1.0, scaler)
+        skipped += int(figures.skipped)
+        losses.append(float(figures.loss))
+    return losses, skipped, scaler.get_scale()
+
+
 @pytest.mark.parametrize("loud", [1.0, 3000.0])
 def test_gemma_trains_in_fp16_without_a_skipped_step(loud: float) -> None:
-    made, settings = model(loud), config(learning_rate=1e-2)
-    prepare_model(made, settings, CPU, FP16)
-    optimizer, scaler = build_optimizer(made, settings), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    made = model(loud)
+    prepare_model(made, config(), CPU, FP16)
     windows = np.random.default_rng(0).integers(4, 64, (4, 9))
-    batch = np.ascontiguousarray(windows[:, :-1]), np.ascontiguousarray(windows[:, 1:])
-    losses = []
-    for _ in range(12):
-        loss = accumulate_gradients(made, [batch], 32, FP16, scaler)
-        figures = apply_update(optimizer, loss, 1e-2, 1.0, scaler)
-        assert float(figures.skipped) == 0
-        losses.append(float(figures.loss))
+    losses, skipped, scale = train_steps(made, 1e-2, [windows] * 12)
+    assert (skipped, scale) == (0, 1024.0)
     assert losses[-1] < losses[0] - 0.5
-    assert scaler.get_scale() == 1024.0
 
 
 @pytest.mark.parametrize("protected", [True, False])
 def test_120_steps_in_fp16_need_the_fp32_islands(protected: bool) -> None:
     """With gate and up projections as large as long training makes them: without the islands no step gets through."""
-    made, settings = model(loud=3000.0), config(learning_rate=3e-3)
+    made = model(loud=3000.0)
     if protected:
-        prepare_model(made, settings, CPU, FP16)
-    optimizer, scaler = build_optimizer(made, settings), torch.amp.GradScaler("cpu", init_scale=1024.0)
-    numbers, losses, skipped = np.random.default_rng(0), [], 0
+        prepare_model(made, config(), CPU, FP16)
+    numbers = np.random.default_rng(0)
     pattern = numbers.integers(4, 64, 24)
-    for _ in range(120 if protected else 5):
-        starts = numbers.integers(0, 16, 4)
-        windows = np.stack([pattern[start : start + 9] for start in starts])
-        batch = np.ascontiguousarray(windows[:, :-1]), np.ascontiguousarray(windows[:, 1:])
-        loss = accumulate_gradients(made, [batch], 32, FP16, scaler)
-        figures = apply_update(optimizer, loss, 3e-3, 1.0, scaler)
-        skipped += int(figures.skipped)
-        losses.append(float(figures.loss))
+    starts = numbers.integers(0, 16, (120 if protected else 5, 4))
+    losses, skipped, _scale = train_steps(made, 3e-3, (pattern[s[:, None] + np.arange(9)] for s in starts))
     if not protected:
         assert skipped == 5 and not np.isfinite(losses).any()
         return
     assert skipped == 0 and np.isfinite(losses).all()
     assert np.mean(losses[-10:]) < 0.5 * np.mean(losses[:10])
+
+
+@pytest.mark.parametrize("protected", [True, False])
+def test_from_scratch_in_fp16_the_islands_decide(protected: bool) -> None:
+    """From the usual start, at a rate that takes the weights in 40 steps to where they overflow; nothing else is made large."""
+    settings = config(hidden_size=64, intermediate_size=256, optimizer="adamw")
+    made = build_model(settings, 64, 0, 2, 1, seed=1)
+    if protected:
+        prepare_model(made, settings, CPU, FP16)
+    starts = np.random.default_rng(0).integers(4, 64, (40, 4, 1))
+    losses, skipped, scale = train_steps(made, 0.3, ((s + 7 * np.arange(9)) % 60 + 4 for s in starts))
+    if not protected:
+        assert np.isfinite(losses[:10]).all(), "it begins well"
+        assert skipped > 0 and scale < 1024.0 and not np.isfinite(losses[-5:]).any()
+        return
+    assert (skipped, scale) == (0, 1024.0)
+    assert np.mean(losses[-5:]) < 0.4 * losses[0]
 
 
 def test_gpt2_is_left_as_it_is() -> None:

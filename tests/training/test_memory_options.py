@@ -18,7 +18,9 @@ from ekiden.modeling.attention import MATH, Attention
 from ekiden.modeling.build import build_model
 from ekiden.modeling.device import named_precision
 from ekiden.modeling.prepare import checkpoint_activations, prepare_model
+from ekiden.training import start as start_module
 from ekiden.training import step as step_module
+from ekiden.training.history import read_history
 from ekiden.training.loop import train
 from ekiden.training.step import accumulate_gradients
 
@@ -52,8 +54,21 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, calls: int) -> None:
         {"sliding_window": 10, "activation_checkpointing": True},
         {"document_mask": True, "sliding_window": 10},
         {"document_mask": True, "preset": "gpt2-10m"},
-        pytest.param({"compile": "on", "sliding_window": 10}, marks=pytest.mark.slow),
-        pytest.param({"compile": "on", "activation_checkpointing": True}, marks=pytest.mark.slow),
+        {"precision": "bf16", "loss_chunk_size": 64},
+        {"precision": "fp16", "sliding_window": 10},
+        {"precision": "fp16", "preset": "gpt2-10m", "optimizer_moments": "fp16", "cpu_offload": True},
+        {"batch_size": "auto", "global_batch_size": 4, "document_mask": True},
+        *(
+            pytest.param({"compile": "on", **options}, marks=pytest.mark.slow)  # 20 to 60 s each
+            for options in (
+                {"sliding_window": 10},
+                {"preset": "gpt2-10m", "precision": "bf16"},
+                {"activation_checkpointing": True},
+                {"document_mask": True, "sliding_window": 10},
+                {"batch_size": "auto", "global_batch_size": 4, "sliding_window": 10},
+                {"optimizer": "muon", "precision": "fp16"},
+            )
+        ),
     ],
     ids=lambda options: " ".join(f"{k}={v}" for k, v in options.items()),
 )
@@ -62,7 +77,18 @@ def test_resume_is_bit_identical(
 ) -> None:
     if "8bit" in options.values():
         pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
-    more = {"optimizer": "adamw", "sample_tokens": 1, "eval_steps": 0, **options}
+    if options.get("precision") == "fp16":  # refused on a CPU, for it is slow there
+        monkeypatch.setattr(start_module, "select_precision", lambda *_: named_precision("fp16"))
+    assert_resume_is_bit_identical(settings, tmp_path, monkeypatch, **{"optimizer": "adamw", **options})
+    if options.get("compile") == "on":
+        assert all(e["environment"]["compiled"] for e in starts(tmp_path / "run"))
+
+
+def assert_resume_is_bit_identical(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **options: Any
+) -> None:
+    """Train 5 steps, and 5 steps with a stop in the third; what they leave is the same."""
+    more = {"sample_tokens": 1, "eval_steps": 0, **options}
     train(settings(5, output_dir=tmp_path / "reference", **more))
     stop_at(monkeypatch, 3)
     assert train(settings(5, **more)).status == "paused"
@@ -71,8 +97,20 @@ def test_resume_is_bit_identical(
     assert outcome(tmp_path / "run") == outcome(tmp_path / "reference")
 
 
+def starts(run: Path) -> list[dict[str, Any]]:
+    return [r for r in read_history(run / "history.jsonl") if r.get("event") in ("start", "resume")]
+
+
 def plain_arithmetic(config: TrainConfig, *_: Any) -> Attention:
     return Attention(MATH, MATH, config.sliding_window)
+
+
+def test_resume_is_bit_identical_with_another_kernel(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepare_module, "choose_attention", plain_arithmetic)
+    assert_resume_is_bit_identical(settings, tmp_path, monkeypatch, sliding_window=10)
+    assert {e["environment"]["attention"] for e in starts(tmp_path / "run")} == {"math"}
 
 
 def test_another_kernel_is_said_on_resume(

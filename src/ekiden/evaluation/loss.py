@@ -17,6 +17,7 @@ import torch
 
 from ekiden.errors import UserError
 from ekiden.export.load import LoadedModel, load_model
+from ekiden.modeling.attention import install_as_trained
 from ekiden.modeling.build import head_weight, hidden_states, inside_forward
 from ekiden.modeling.device import Precision, select_precision
 from ekiden.modeling.loss import IGNORE, chunked_cross_entropy
@@ -224,17 +225,21 @@ def evaluate_loaded(
 ) -> dict[str, Any]:
     """Return what `evaluate_model` returns, for a model and shards that are open.
 
+    A model that was trained with documents masked from each other is evaluated so, too.
+
     Raises:
         UserError: they do not belong together.
     """
     check_tokenizer(loaded.tokenizer, loaded.path, dataset)
+    precision = select_precision(head_weight(loaded.model).device, "auto")
+    install_as_trained(loaded.model, precision)
     result = evaluate(
         loaded.model,
         dataset,
         length=min(LONGEST, int(loaded.model.config.max_position_embeddings)),
         tokens_per_language=max_tokens,
         batch_size=batch_size,
-        precision=select_precision(head_weight(loaded.model).device, "auto"),
+        precision=precision,
     )
     for language, figures in result["languages"].items():
         figures["unigram_loss"] = unigram_cross_entropy(dataset, language, max_tokens)

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from ekiden.config import parse_yaml
 from ekiden.errors import UserError
+from ekiden.modeling.attention import DOCUMENT_MASK
 from ekiden.modeling.build import parameter_counts
 from ekiden.progress import human_count
 from ekiden.tokenizer.load import Tokenizer
@@ -126,6 +127,11 @@ def _what_it_is(model: PreTrainedModel, tokenizer: Tokenizer) -> str:
         f"{tokenizer.vocab_size} pieces ({tokenizer.kind}, {tokenizer.model_type}), context of "
         f"{model.config.max_position_embeddings} tokens.\n"
         f"A base model: it continues text and follows no instructions. It has read each document as {begin}its text."
+        + (
+            "\nIn training a token saw its own document alone."
+            if getattr(model.config, DOCUMENT_MASK, False)
+            else ""
+        )
     )
 
 

@@ -8,8 +8,9 @@ takes; without a compiler it asks the device twice in every forward pass whether
   before it, under one small mask that all chunks share. Exact, on any device; T x 1.5 window instead of T x T.
 * with `document_mask` no token attends to another document.
 
-`prepare.prepare_model` chooses the kernels (`choose_attention`) and installs them; `build.hidden_states` hands the masks
-of a microbatch to the decoder. A call that does not come from there, as generation with its cache, is transformers' own.
+`prepare.prepare_model` chooses the kernels (`choose_attention`) and installs them, and `install_as_trained` does for a model
+that is evaluated; `build.hidden_states` hands the masks of a microbatch to the decoder. A call that does not come from there,
+as generation with its cache, is transformers' own.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ from ekiden.modeling.device import Precision
 
 NAME = "ekiden"
 """Of this attention among transformers' implementations."""
+DOCUMENT_MASK = "document_mask"
+"""In a model's config.json: true where its tokens saw their own document alone."""
 Masks = dict[str, torch.Tensor | None]
 """Additive masks by place, or None for plainly causal: `full` [b or 1, 1, T, T]; of local layers longer than the window
 w `first` [b, 1, w, w] and `rest` [b n or 1, 1, c, w + c] for n chunks of c queries."""
@@ -288,6 +291,27 @@ def install(model: PreTrainedModel, attention: Attention) -> None:
     model.config._attn_implementation = NAME
     for module in [model, *(m for m in model.modules() if type(m).__name__.endswith("Attention"))]:
         module.attention = attention  # type: ignore[assignment]
+
+
+def install_as_trained(model: PreTrainedModel, precision: Precision) -> None:
+    """Let a loaded model see what it saw in training: its own document, where its config.json says `document_mask`.
+
+    Any other model is left as it is: with or without Ekiden's kernels its layers see the same.
+    """
+    settings: Any = model.config
+    if not getattr(settings, DOCUMENT_MASK, False) or settings.model_type not in ("gpt2", "gemma3_text"):
+        return
+    heads = settings.num_attention_heads
+    config = TrainConfig(
+        model_type="gpt2" if settings.model_type == "gpt2" else "gemma3",
+        hidden_size=settings.hidden_size,
+        num_attention_heads=heads,
+        num_key_value_heads=getattr(settings, "num_key_value_heads", heads),
+        head_dim=getattr(settings, "head_dim", settings.hidden_size // heads),
+        sliding_window=getattr(settings, "sliding_window", TrainConfig().sliding_window),
+        max_length=settings.max_position_embeddings,
+    )
+    install(model, choose_attention(config, model.device, precision, document_boundary(settings)))
 
 
 def attention_name(model: nn.Module) -> str:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from ekiden.config import TrainConfig
 from ekiden.config_checks import AUTO
-from ekiden.modeling.attention import Attention, choose_attention, document_boundary, install
+from ekiden.modeling.attention import DOCUMENT_MASK, Attention, choose_attention, document_boundary, install
 from ekiden.modeling.build import blocks, body, hidden_states
 from ekiden.modeling.device import Precision
 from ekiden.modeling.fp16 import protect_from_overflow
@@ -37,6 +37,8 @@ def prepare_model(
         attention: as it is; None: chosen by trying.
     """
     boundary = document_boundary(model.config) if config.document_mask else None
+    if boundary is not None:
+        setattr(model.config, DOCUMENT_MASK, True)  # for whoever evaluates what was trained
     install(model, attention or choose_attention(config, device, precision, boundary))
     if precision.dtype == torch.float16:
         protect_from_overflow(model)
