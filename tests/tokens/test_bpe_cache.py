@@ -1,8 +1,8 @@
-"""The BPE cache gives SentencePiece's ids, text by text, for every kind of model it takes; others it refuses."""
+"""The BPE cache, which stands in where there is no compiler, gives SentencePiece's ids for every kind of model it takes; a
+build takes what there is of the exact encoders, and shards hold SentencePiece's ids."""
 
 from __future__ import annotations
 
-import random
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,55 +13,31 @@ import pytest
 import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from model_kinds import unusual
 
 from ekiden.tokenizer.load import SentencePieceTokenizer, Tokenizer, load_tokenizer
-from ekiden.tokens import bpe_cache, build, units, worker
+from ekiden.tokens import bpe_cache, build, kernel, units, worker
 from ekiden.tokens.bpe_cache import BpeCache
+from ekiden.tokens.bpe_merges import BpeMerges
 from ekiden.tokens.encoders import refusal
-from ekiden.tokens.exact import NASTY, Differs, NotProvable, differing_text
+from ekiden.tokens.exact import Differs, NotProvable, differing_text
 
-MODELS: dict[str, dict[str, Any]] = {
-    **model_kinds.MODELS,
-    "nfkc without dummy prefix": {"add_dummy_prefix": False, "byte_fallback": True},
-}
+MODELS = model_kinds.BPE_MODELS
 
 
 @pytest.fixture(scope="module")
 def models(sentences: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("models")
-    found = {}
-    for number, (name, options) in enumerate(MODELS.items()):
-        options = {"vocab_size": 500, **options}
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(line for text in sentences for line in text.split("\n")),
-            model_prefix=str(folder / str(number)),
-            model_type=options.pop("model_type", "bpe"),
-            hard_vocab_limit=False,
-            minloglevel=2,
-            **options,
-        )
-        found[name] = folder / f"{number}.model"
-    return found
-
-
-def strings(count: int, sentences: list[str]) -> list[str]:
-    """Return strings of what is unusual, put together at random."""
-    draw = random.Random(7)
-    parts = [part for text in NASTY for part in (text, *text.split(" "))]
-    parts += ["<think>", "two words", "\n\n", "न्ह", "ab ", "तो", "the ", "xyz", "é", "▁the", " ", "  "]
-    parts += [word for text in sentences[::20] for word in text.split(" ")]
-    return ["".join(draw.choices(parts, k=draw.randrange(12))) for _ in range(count)]
+    return model_kinds.trained(MODELS, "bpe", sentences, tmp_path_factory.mktemp("models"))
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_ids_are_sentencepieces(name: str, models: dict[str, Path], sentences: list[str]) -> None:
     tokenizer = load_tokenizer(models[name])
     cache = BpeCache(tokenizer)
-    texts = [*sentences, *strings(1500, sentences)]
+    texts = [*sentences, *unusual(1500, sentences)]
     for _ in range(2):  # learnt, and known
         for start in range(0, len(texts), 100):
             assert differing_text(cache, tokenizer, texts[start : start + 100]) is None
-    assert refusal(tokenizer, sentences) is None
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +63,7 @@ def test_a_full_cache_forgets_and_stays_right(
     forgotten = []
     forget = cache._forget
     monkeypatch.setattr(cache, "_forget", lambda: (forgotten.append(1), forget()))
-    texts = strings(300, sentences)
+    texts = unusual(300, sentences)
     for start in range(0, len(texts), 10):
         assert differing_text(cache, tokenizer, texts[start : start + 10]) is None
     assert len(forgotten) > 3
@@ -98,7 +74,7 @@ def test_a_hash_of_no_use_costs_no_id(
 ) -> None:
     monkeypatch.setattr(bpe_cache, "_MIX", [np.uint64(0)] * 8)  # every unit has the same hash
     tokenizer = load_tokenizer(models["ours"])
-    assert differing_text(BpeCache(tokenizer), tokenizer, strings(200, sentences)) is None
+    assert differing_text(BpeCache(tokenizer), tokenizer, unusual(200, sentences)) is None
 
 
 def test_what_cannot_be_proven_is_refused(
@@ -125,6 +101,7 @@ def test_a_wrong_proof_is_found_by_the_comparison(
         bytes([255]) * 0x80 + bytes(0x40) + bytes([255]) * 0x40,
     )
     monkeypatch.setattr(bpe_cache, "border_masks", lambda _: (everywhere, but_within_characters))
+    monkeypatch.setattr(kernel, "library", lambda: None)
     assert "it gave other ids for" in str(refusal(load_tokenizer(models["ours"]), sentences))
 
 
@@ -132,7 +109,7 @@ def test_a_wrong_proof_is_found_by_the_comparison(
 def encoders(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Return which encoder every batch of a build went to."""
     asked: list[str] = []
-    for kind in (BpeCache, SentencePieceTokenizer):
+    for kind in (BpeCache, BpeMerges, SentencePieceTokenizer):
         real = kind.encode_batch
 
         def noted(self: Any, texts: list[str], real: Any = real, name: str = kind.__name__) -> Any:
@@ -154,7 +131,9 @@ def ids_of(dataset: Any) -> dict[str, list[list[int]]]:
     }
 
 
+@pytest.mark.parametrize("kind", [BpeMerges, BpeCache])
 def test_a_build_takes_it_and_a_refusal_or_a_difference_changes_no_id(
+    kind: type[BpeMerges | BpeCache],
     language_folder: Path,
     models: dict[str, Path],
     tmp_path: Path,
@@ -163,10 +142,14 @@ def test_a_build_takes_it_and_a_refusal_or_a_difference_changes_no_id(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(units, "UNIT_BYTES", 4000)
+    if kind is BpeCache:
+        monkeypatch.setattr(kernel, "library", lambda: None)
+    elif kernel.library() is None:
+        pytest.skip("there is no C compiler")
 
     def built(name: str) -> dict[str, list[list[int]]]:
         encoders.clear()
-        out, pool = tmp_path / name, ThreadPoolExecutor(2)
+        out, pool = tmp_path / name, ThreadPoolExecutor(1)
         dataset = build.preprocess(
             [str(language_folder)], str(models["ours"]), str(out), test_split=0.1, executor=pool
         )
@@ -174,12 +157,12 @@ def test_a_build_takes_it_and_a_refusal_or_a_difference_changes_no_id(
         return ids_of(dataset)
 
     cached = built("cached")
-    assert encoders.count("BpeCache") > 20
+    assert encoders.count(kind.__name__) > 20
     with monkeypatch.context() as patch:
         patch.setattr(build, "refusal", lambda *_: "it is Tuesday")
         assert built("refused") == cached
-    assert "BpeCache" not in encoders
-    assert "without the BPE cache: it is Tuesday" in capsys.readouterr().err
+    assert kind.__name__ not in encoders
+    assert f"without the {kind.name}: it is Tuesday" in capsys.readouterr().err
     checked: list[int] = []
 
     def differ(*_: object) -> None:

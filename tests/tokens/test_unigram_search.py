@@ -9,7 +9,7 @@ import pytest
 import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from model_kinds import MODELS
+from model_kinds import MODELS, trained
 
 from ekiden.tokenizer.load import Tokenizer, load_tokenizer
 from ekiden.tokens import kernel, unigram_search
@@ -26,22 +26,9 @@ def searches(
         pytest.skip("there is no C compiler")
     if sentencepiece.__version__ not in unigram_search._VERSIONS:
         pytest.skip(f"the sums of SentencePiece {sentencepiece.__version__} are not known")
-    folder = tmp_path_factory.mktemp("models")
-    found = []
-    for number, options in enumerate(MODELS.values()):
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(line for text in sentences for line in text.split("\n")),
-            model_prefix=str(folder / str(number)),
-            model_type="unigram",
-            vocab_size=500,
-            hard_vocab_limit=False,
-            num_threads=1,
-            minloglevel=2,
-            **options,
-        )
-        tokenizer = load_tokenizer(folder / f"{number}.model")
-        found.append((UnigramSearch(tokenizer), tokenizer))
-    return found
+    found = trained(MODELS, "unigram", sentences, tmp_path_factory.mktemp("models"))
+    tokenizers = [load_tokenizer(path) for path in found.values()]
+    return [(UnigramSearch(tokenizer), tokenizer) for tokenizer in tokenizers]
 
 
 def long_texts(sentences: list[str]) -> list[str]:

@@ -23,10 +23,10 @@ from ekiden.corpus.script import ScriptTally
 from ekiden.corpus.sources import discover
 from ekiden.errors import UsageError, UserError
 from ekiden.progress import Progress, human_count, say
-from ekiden.tokenizer.load import SentencePieceTokenizer, Tokenizer, load_tokenizer
+from ekiden.tokenizer.load import Tokenizer, load_tokenizer
 from ekiden.tokens.cluster import dask_executor
 from ekiden.tokens.dedupe import leaks, remove_duplicates
-from ekiden.tokens.encoders import NAMES, refusal
+from ekiden.tokens.encoders import encoder_class, refusal
 from ekiden.tokens.exact import Differs, NotProvable
 from ekiden.tokens.format import SPLITS, Shard, Split, TokenDataset, dump_description
 from ekiden.tokens.output_folder import (
@@ -160,13 +160,11 @@ def build_all(
     try:
         build_units(units, tokenizer.sha256, settings, folder, pool, cached)
     except NotProvable as reason:  # a worker on another machine
-        say(f"a worker has no {NAMES[tokenizer.model_type]} ({reason}); going on without it")
+        say(f"a worker has no exact encoder ({reason}); going on without it")
         cached = False
         build_units(units, tokenizer.sha256, settings, folder, pool, cached)
     except Differs as text:
-        say(
-            f"the {NAMES[tokenizer.model_type]} gave other ids than SentencePiece for {text}; building again without it"
-        )
+        say(f"the exact encoder gave other ids than SentencePiece for {text}; building again without it")
         cached = False
         forget(units, folder)
         build_units(units, tokenizer.sha256, settings, folder, pool, cached)
@@ -178,13 +176,12 @@ def build_all(
 
 def takes_cache(units: list[Unit], tokenizer: Tokenizer, settings: Settings) -> bool:
     """Return whether an exact encoder may give the ids: a BPE or unigram model, and all compared texts agree."""
-    if not isinstance(tokenizer, SentencePieceTokenizer) or tokenizer.model_type not in NAMES:
+    kind = encoder_class(tokenizer)
+    if kind is None:
         return False
     why = refusal(tokenizer, sampled_texts(units, settings.txt_documents))
     if why is not None:
-        say(
-            f"this tokenizer is used without the {NAMES[tokenizer.model_type]}: {why}; the ids are the same, it takes longer"
-        )
+        say(f"this tokenizer is used without the {kind.name}: {why}; the ids are the same, it takes longer")
     return why is None
 
 

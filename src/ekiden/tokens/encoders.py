@@ -1,13 +1,22 @@
-"""Which exact encoder stands before a tokenizer: `bpe_cache`, `unigram_search`, or none."""
+"""Which exact encoder stands before a tokenizer: `unigram_search`, `bpe_merges`, `bpe_cache`, or none."""
 
 from __future__ import annotations
 
 from ekiden.tokenizer.load import SentencePieceTokenizer, Tokenizer
+from ekiden.tokens import kernel
 from ekiden.tokens.bpe_cache import BpeCache
+from ekiden.tokens.bpe_merges import BpeMerges
 from ekiden.tokens.exact import NASTY, Differs, Encoder, NotProvable, check
 from ekiden.tokens.unigram_search import UnigramSearch
 
-NAMES = {"bpe": "BPE cache", "unigram": "unigram search"}
+
+def encoder_class(tokenizer: Tokenizer) -> type[UnigramSearch | BpeMerges | BpeCache] | None:
+    """Return which exact encoder is made for such a tokenizer on this machine, None where there is none."""
+    if not isinstance(tokenizer, SentencePieceTokenizer):
+        return None
+    if tokenizer.model_type == "bpe":
+        return BpeMerges if kernel.library() else BpeCache
+    return UnigramSearch if tokenizer.model_type == "unigram" else None
 
 
 def exact_encoder(tokenizer: Tokenizer) -> Encoder:
@@ -16,9 +25,10 @@ def exact_encoder(tokenizer: Tokenizer) -> Encoder:
     Raises:
         NotProvable: nothing does.
     """
-    if tokenizer.model_type == "unigram" and isinstance(tokenizer, SentencePieceTokenizer):
-        return UnigramSearch(tokenizer)
-    return BpeCache(tokenizer)
+    kind = encoder_class(tokenizer)
+    if kind is None:
+        raise NotProvable("there is none for this kind of tokenizer")
+    return kind(tokenizer)
 
 
 def refusal(tokenizer: Tokenizer, texts: list[str]) -> str | None:

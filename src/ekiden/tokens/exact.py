@@ -1,8 +1,8 @@
 """What gives the ids of a SentencePiece model faster than SentencePiece, and how it is made sure that they are the same.
 
-Two such encoders: `bpe_cache` and `unigram_search`. `tokens.build` asks `refusal` first, which compares ids on nasty
-strings and on texts of the corpus; a worker puts the encoder before its tokenizer and compares the beginning of every
-unit again (`check`).
+Three such encoders: `unigram_search`, `bpe_merges`, and `bpe_cache` where there is no compiler. `tokens.build` asks
+`refusal` first, which compares ids on nasty strings and on texts of the corpus; a worker puts the encoder before its
+tokenizer and compares the beginning of every unit again (`check`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ class Differs(Exception):
 
 
 class Encoder(Protocol):
-    """Gives ids as `SentencePieceTokenizer.encode_batch` does."""
+    """Gives ids as `SentencePieceTokenizer.encode_batch` does; `name` is for messages."""
+
+    name: str
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         """Return the ids of each text, int32."""
@@ -64,6 +66,26 @@ def model_of(tokenizer: SentencePieceTokenizer) -> Any:
     return model
 
 
+def merged_pieces(model: Any) -> list[tuple[int, str]]:
+    """Return (id, text) of the pieces that a BPE model's merges can make or are kept from making.
+
+    Raises:
+        NotProvable: what SentencePiece does with some of its pieces is not done here. An unused one is taken apart by the
+            merge of its kind that was looked at last, wherever in the text; a control piece of one character, or of a
+            normal piece's text, is taken for that.
+    """
+    pieces = [(n, p.piece) for n, p in enumerate(model.pieces) if p.type in (NORMAL, USER_DEFINED)]
+    texts = {text for _number, text in pieces}
+    for piece in model.pieces:
+        if piece.type == UNUSED:
+            raise NotProvable(f"its piece {piece.piece!r} is marked unused")
+        if piece.type not in (NORMAL, USER_DEFINED) and (len(piece.piece) == 1 or piece.piece in texts):
+            raise NotProvable(f"its control piece {piece.piece!r} may stand in a text")
+        if piece.type == USER_DEFINED and "\0" in piece.piece:
+            raise NotProvable("a piece of its user's holds a NUL")
+    return pieces
+
+
 class Normalizer:
     """Texts as a model's search sees them, one after the other in bytes, a space for U+2581.
 
@@ -83,11 +105,11 @@ class Normalizer:
         return b"".join(datas), np.cumsum([0, *map(len, datas)], dtype=np.int64)
 
 
-def separable(pieces: Iterable[str]) -> np.ndarray:
+def separable(pieces: Iterable[bytes]) -> np.ndarray:
     """Return whether bytes a and b stand side by side in none of the pieces, nor in a character: bool [256, 256]."""
     allowed = np.ones((256, 256), dtype=bool)
     allowed[:, 0x80:0xC0] = False  # not within a character
-    encoded = [data for data in map(str.encode, pieces) if data]
+    encoded = [data for data in pieces if data]
     joined = np.frombuffer(b"".join(encoded), dtype=np.uint8)
     within = np.ones(len(joined), dtype=bool)
     within[np.cumsum([len(data) for data in encoded]) - 1] = False

@@ -1,4 +1,4 @@
-"""The compiled search of `unigram_search` (`kernel.c`), where there is a C compiler.
+"""The compiled encoders of `unigram_search` and `bpe_merges` (`native/`), where there is a C compiler.
 
 Compiled once for a machine, at the first use (about a second), into the user's cache folder, under a name that
 holds the hash of the source, the compiler and the kind of machine; never with options for one processor, so that a home
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-SOURCE = Path(__file__).with_name("kernel.c")
+SOURCES = sorted(Path(__file__).with_name("native").glob("*.[ch]"))
 OPTIONS = ["-O3", "-shared", "-fPIC", "-std=c11", "-ffp-contract=off", "-fno-fast-math"]
 COMPILE_SECONDS = 60
 
@@ -38,6 +38,9 @@ _FUNCTIONS = {
     ),
     "unigram_free": (None, [_POINTER]),
     "unigram_encode": (_NUMBER, [_POINTER, _BYTES, _I64, _NUMBER, _U64, _I32, _I64]),
+    "bpe_new": (_POINTER, [_BYTES, _I64, _I32, _I32, _I8, _INT, _INT, _I32, _I8, _NUMBER]),
+    "bpe_free": (None, [_POINTER]),
+    "bpe_encode": (_NUMBER, [_POINTER, _BYTES, _I64, _NUMBER, _U64, _I32, _I64]),
 }
 
 
@@ -65,7 +68,7 @@ def _compiled(compiler: str) -> Path:
     Raises:
         OSError, subprocess.SubprocessError: it cannot be compiled or kept.
     """
-    source = SOURCE.read_bytes()
+    source = b"".join(path.read_bytes() for path in SOURCES)
     what = " ".join([*OPTIONS, os.path.realpath(compiler), platform.machine(), platform.system()])
     name = hashlib.sha256(source + what.encode()).hexdigest()
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ekiden"
@@ -76,7 +79,7 @@ def _compiled(compiler: str) -> Path:
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         made = Path(temporary) / "kernel.so"
         subprocess.run(
-            [compiler, *OPTIONS, str(SOURCE), "-o", str(made)],
+            [compiler, *OPTIONS, *(str(path) for path in SOURCES if path.suffix == ".c"), "-o", str(made)],
             check=True, capture_output=True, timeout=COMPILE_SECONDS,
         )  # fmt: skip
         made.replace(path)  # at once: another process may be loading it

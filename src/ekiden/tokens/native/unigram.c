@@ -3,19 +3,12 @@
    it is exact. */
 
 #include <float.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
+
+#include "trie.h"
 
 #if FLT_EVAL_METHOD != 0
 #error "fp32 sums would be kept in a wider type"
 #endif
-
-/* -- trie: a double array; state s goes by byte c to base[s] + c where check says so ------------------------ */
-
-typedef struct {
-    int32_t base, check, value; /* value: index of the piece that ends here, or -1 */
-} Node;
 
 typedef struct {
     float score;         /* of the best path that ends here */
@@ -23,8 +16,6 @@ typedef struct {
     int32_t next;
 } Slot;
 
-#define KEY_WORDS 4
-#define KEY_BYTES (8 * KEY_WORDS - 1)
 #define KEPT_IDS 5
 #define AT_ZERO 255
 #define LEAST 0x1p-10 /* a score nearer to 0, added to a sum below 2^17, need not be exact in double */
@@ -38,8 +29,7 @@ typedef struct {
 } Known;
 
 typedef struct {
-    Node *nodes;
-    int64_t size;
+    Trie trie;
     int32_t *ids;
     float *scores;
     float unknown_score;
@@ -53,72 +43,9 @@ typedef struct {
     int64_t known_mask;
 } Unigram;
 
-static int grow_nodes(Unigram *m, int64_t needed) {
-    if (needed <= m->size) return 1;
-    int64_t size = m->size ? m->size : 1024;
-    while (size < needed) size *= 2;
-    Node *nodes = realloc(m->nodes, size * sizeof(Node));
-    if (!nodes) return 0;
-    for (int64_t i = m->size; i < size; i++) nodes[i] = (Node){0, -1, -1};
-    m->nodes = nodes;
-    m->size = size;
-    return 1;
-}
-
-typedef struct {
-    int32_t low, high, depth, state; /* pieces [low, high) share `depth` bytes and are at `state` */
-} Range;
-
-/* Pieces are sorted by their bytes, all different and none empty. */
-static int build_trie(Unigram *m, const uint8_t *bytes, const int64_t *ends, int32_t count) {
-    int64_t first_free = 1, stacked = 0, room = 1 << 16;
-    Range *stack = malloc(room * sizeof(Range));
-    if (!stack || !grow_nodes(m, 2048)) { free(stack); return 0; }
-    m->nodes[0].check = 0;
-    stack[stacked++] = (Range){0, count, 0, 0};
-    while (stacked) {
-        Range range = stack[--stacked];
-        int32_t at = range.low, children = 0, firsts[257];
-        uint8_t letters[256];
-        if (ends[at] - (at ? ends[at - 1] : 0) == range.depth) m->nodes[range.state].value = at++;
-        for (int32_t i = at; i < range.high; i++) {
-            uint8_t letter = bytes[(i ? ends[i - 1] : 0) + range.depth];
-            if (!children || letters[children - 1] != letter) {
-                letters[children] = letter;
-                firsts[children++] = i;
-            }
-        }
-        if (!children) continue;
-        firsts[children] = range.high;
-        int64_t base = 0, tried = 0;
-        for (int64_t place = first_free; !base; place++) {
-            if (!grow_nodes(m, place + 512)) { free(stack); return 0; }
-            if (m->nodes[place].check >= 0) { tried++; continue; }
-            if (place <= letters[0]) continue;
-            base = place - letters[0];
-            for (int32_t i = 1; i < children && base; i++)
-                if (m->nodes[base + letters[i]].check >= 0) base = 0;
-            /* A stretch that is nearly full is not searched again. */
-            if (base && 20 * tried >= 19 * (place - first_free)) first_free = place;
-        }
-        m->nodes[range.state].base = (int32_t)base;
-        for (int32_t i = 0; i < children; i++) m->nodes[base + letters[i]].check = range.state;
-        if (stacked + children > room) {
-            room *= 2;
-            Range *more = realloc(stack, room * sizeof(Range));
-            if (!more) { free(stack); return 0; }
-            stack = more;
-        }
-        for (int32_t i = 0; i < children; i++)
-            stack[stacked++] = (Range){firsts[i], firsts[i + 1], range.depth + 1, (int32_t)(base + letters[i])};
-    }
-    free(stack);
-    return 1;
-}
-
 void unigram_free(Unigram *m) {
     if (!m) return;
-    free(m->nodes);
+    free(m->trie.nodes);
     free(m->ids);
     free(m->scores);
     free(m->slots);
@@ -138,7 +65,7 @@ Unigram *unigram_new(const uint8_t *bytes, const int64_t *ends, const int32_t *i
     m->slots = malloc(m->room * sizeof(Slot));
     m->known = known ? calloc(known, sizeof(Known)) : NULL;
     m->known_mask = known - 1;
-    if (!m->ids || !m->scores || !m->slots || (known && !m->known) || !build_trie(m, bytes, ends, count)) {
+    if (!m->ids || !m->scores || !m->slots || (known && !m->known) || !build_trie(&m->trie, bytes, ends, count)) {
         unigram_free(m);
         return NULL;
     }
@@ -153,10 +80,6 @@ Unigram *unigram_new(const uint8_t *bytes, const int64_t *ends, const int32_t *i
     return m;
 }
 
-static inline int character_bytes(uint8_t first) {
-    return "\1\1\1\1\1\1\1\1\1\1\1\1\2\2\3\4"[first >> 4];
-}
-
 /* Write the ids of the best path to slot `end`, a place that every path goes through; return how many. */
 static int64_t emit(Unigram *m, const uint8_t *text, int64_t end, int32_t *out, int *after_unknown) {
     Slot *slots = m->slots;
@@ -166,17 +89,10 @@ static int64_t emit(Unigram *m, const uint8_t *text, int64_t end, int32_t *out, 
         int64_t next = slots[at].next;
         int32_t id = slots[next].id;
         int unknown = id == m->unknown_id;
-        if (!unknown) {
+        if (unknown)
+            out = put_unknown(m->bytes, id, text + at, next - at, out, *after_unknown);
+        else
             *out++ = id;
-        } else if (m->bytes[0] < 0) {
-            if (!*after_unknown) *out++ = id; /* neighbouring unknown characters are one id */
-        } else if (text[at] == ' ') { /* stands for U+2581 */
-            *out++ = m->bytes[0xE2];
-            *out++ = m->bytes[0x96];
-            *out++ = m->bytes[0x81];
-        } else {
-            for (int64_t i = at; i < next; i++) *out++ = m->bytes[text[i]];
-        }
         *after_unknown = unknown;
         at = next;
     }
@@ -230,7 +146,7 @@ static inline void offer(Slot *target, float here, float score, int32_t id, int3
 static int64_t search(Unigram *m, const uint8_t *text, int64_t size, int32_t *out, int *after_unknown, Found *found) {
     int32_t *begin = out;
     int64_t origin = 0, reach = 0; /* slots are of places from `origin`; reach: the last one with a slot */
-    const Node *nodes = m->nodes;
+    const Node *nodes = m->trie.nodes;
     found->farthest = found->sum;
     found->shifts = 1;
     found->even = 0;
@@ -276,24 +192,6 @@ static int64_t search(Unigram *m, const uint8_t *text, int64_t size, int32_t *ou
     out += emit(m, text + origin, size - origin, out, after_unknown);
     found->sum = m->slots[size - origin].score;
     return out - begin;
-}
-
-static inline int cut_between(const uint8_t *cuts, uint8_t left, uint8_t right) {
-    return cuts[left << 5 | right >> 3] >> (right & 7) & 1;
-}
-
-/* The first `length` bytes at `data` as a key of `words` words (64 bytes may be read); its hash. */
-static inline uint64_t key_of(const uint8_t *data, int64_t length, int64_t words, const uint64_t *mix, uint64_t *key) {
-    uint64_t hash = 0;
-    for (int64_t i = 0; i < words; i++) {
-        int64_t left = length - 8 * i;
-        memcpy(&key[i], data + 8 * i, 8);
-        if (left < 8) key[i] &= left > 0 ? ((uint64_t)1 << 8 * left) - 1 : 0;
-        if (i == words - 1) key[i] |= (uint64_t)length << 56;
-        hash += key[i] * mix[i];
-    }
-    hash ^= hash >> 32;
-    return hash * mix[0];
 }
 
 /* The binade of a sum, without sign; AT_ZERO for 0 itself. */
@@ -342,7 +240,7 @@ static int64_t encode_text(Unigram *m, const uint8_t *text, int64_t size, const 
         Known *known = NULL;
         uint64_t key[KEY_WORDS], hash = 0;
         if (m->known && length <= KEY_BYTES && sum >= -m->kept) {
-            hash = key_of(text + at, length, KEY_WORDS, mix, key);
+            hash = key_of(text + at, length, mix, key);
             known = place_of(m, key, hash, exponent, ANY);
             if (known->key[KEY_WORDS - 1] && known->parity == SEE_PARITY)
                 known = place_of(m, key, hash, exponent, odd(sum) ? ODD : EVEN);
