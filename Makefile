@@ -65,4 +65,4 @@ test-kaggle: $(READY)  ## ten legs with every fault, 50 kills of the relay, both
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -rP tests/kaggle
 
 test-image: $(READY)  ## the suite and one leg under the versions of Kaggle's images (5 to 8 GB each, downloaded; torch cannot be imported without its CUDA libraries)
-	$(BIN)/python tests/image/run.py --folder $(or $(IMAGES),/tmp/ekiden-images)
+	$(BIN)/python tests/image/run.py --folder $(or $(IMAGES),/tmp/ekiden-images) --workers $(or $(WORKERS),2)

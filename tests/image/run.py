@@ -1,12 +1,13 @@
 """The suite and one leg of a relay in environments with the versions of Kaggle's images, nothing of which is replaced.
 
-    python tests/image/run.py --folder /tmp/images [--image torch-2.10] [--tests tests/training tests/kaggle]
+    python tests/image/run.py --folder /tmp/images [--image torch-2.10] [--workers 1] [--tests tests/training tests/kaggle]
 
-Each environment weighs 5 to 8 GB and is kept in `--folder`: PyPI's torch brings CUDA's libraries along, which it needs even
-to be imported, and runs on a CPU, too. Differences that remain: torch 2.11 is built for CUDA 13 there and for 12.8 in the
-image, and of the image's several hundred packages only those below are installed. Ekiden is installed as Kaggle would get
-it: its wheel without dependencies, and of these only what the image lacks. Whatever of the image has another version
-afterwards is a failure. The last line printed is one JSON object.
+Both go side by side; what pytest says of each stands in FOLDER/IMAGE-suite.log and FOLDER/IMAGE-leg.log. Each environment
+weighs 5 to 8 GB and is kept in `--folder`: PyPI's torch brings CUDA's libraries along, which it needs even to be imported,
+and runs on a CPU, too. Differences that remain: torch 2.11 is built for CUDA 13 there and for 12.8 in the image, and of the
+image's several hundred packages only those below are installed. Ekiden is installed as Kaggle would get it: its wheel
+without dependencies, and of these only what the image lacks. Whatever of the image has another version afterwards is a
+failure. The last line printed is one JSON object.
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 SHARED = "click filelock fsspec orjson packaging psutil pyyaml requests tqdm xxhash zstandard"
@@ -113,16 +117,53 @@ def install_ekiden(python: Path, source: Path) -> list[str]:
     return missing
 
 
-def run_tests(python: Path, source: Path, tests: list[str]) -> dict[str, int]:
-    """Run tests with an image's python; return how many passed, failed and were skipped."""
+def run_tests(python: Path, source: Path, log: Path, workers: int, tests: list[str]) -> dict[str, int]:
+    """Run tests with an image's python; return how many passed, failed and were skipped, and the seconds."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment.pop("PYTHONPATH", None)
     environment.setdefault("EKIDEN_CORPORA", str(ROOT.parent / "shared" / "corpora"))
-    command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", "2", *tests]
-    done = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True, check=False)
-    print(done.stdout[-6000:])
-    counts = {kind: int(n) for n, kind in re.findall(r"(\d+) (passed|failed|errors?|skipped)", done.stdout)}
-    return {"status": done.returncode, **counts}
+    # Time limits are for what hangs; on a machine that does much else everything takes longer.
+    command = [python, "-m", "pytest", "-q", "-rfEs", "-p", "no:cacheprovider", "--timeout", "900"]
+    began = time.monotonic()
+    with log.open("w") as file:
+        done = subprocess.run(
+            [*command, "-n", str(workers), *tests],
+            cwd=source,
+            env=environment,
+            stdout=file,
+            stderr=file,
+            check=False,
+        )
+    lines = log.read_text(errors="replace").splitlines()
+    said = [line for line in lines if line.startswith(("FAILED", "ERROR", "SKIPPED"))]
+    print("\n".join([f"{log.stem}: status {done.returncode}", *said, *lines[-1:]]), flush=True)
+    counts = {
+        kind: int(n)
+        for n, kind in re.findall(r"(\d+) (passed|failed|errors?|skipped)", lines[-1] if lines else "")
+    }
+    return {"status": done.returncode, **counts, "seconds": round(time.monotonic() - began)}
+
+
+def try_image(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Make an image's environment, install Ekiden, and run the suite and one leg in it; return the row of the table."""
+    version, pins = IMAGES[name]
+    source = snapshot(Path(tempfile.mkdtemp(prefix="ekiden-image-")))
+    python = make_image(options.folder / name, pins, options.python or interpreter_of(version))
+    before = frozen(python)
+    added = install_ekiden(python, source)
+    after = frozen(python)
+    subprocess.run([python, "-m", "pip", "install", "--quiet", *TOOLS.split()], check=True)
+    tools = frozen(python)
+    kept = [key for key in before if key != "ekiden"]
+    replaced = sorted(key for key in kept if not before[key] == after.get(key) == tools.get(key))
+    suite, leg = (options.folder / f"{name}-{part}.log" for part in ("suite", "leg"))
+    row: dict[str, Any] = {"image": name, "installed": added, "replaced": replaced}
+    row["suite"] = run_tests(
+        python, source, suite, options.workers, ["-m", "not slow and not gpu", *options.tests]
+    )
+    row["leg"] = run_tests(python, source, leg, options.workers, ["-m", "slow", "tests/kaggle/test_leg.py"])
+    shutil.rmtree(source)
+    return row
 
 
 def main() -> None:
@@ -133,24 +174,13 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "ekiden-images")
     parser.add_argument("--image", action="append", choices=sorted(IMAGES), help="default: all")
     parser.add_argument("--python", help="interpreter of new environments; default: the image's version")
+    parser.add_argument("--workers", type=int, default=2, help="test processes of each image; default: 2")
     parser.add_argument("--tests", nargs="*", default=["tests"])
     options = parser.parse_args()
-    rows = []
-    source = snapshot(Path(tempfile.mkdtemp(prefix="ekiden-image-")))
-    for name in options.image or sorted(IMAGES):
-        version, pins = IMAGES[name]
-        python = make_image(options.folder / name, pins, options.python or interpreter_of(version))
-        before = frozen(python)
-        added = install_ekiden(python, source)
-        after = frozen(python)
-        replaced = sorted(key for key in before if key != "ekiden" and after.get(key) != before[key])
-        subprocess.run([python, "-m", "pip", "install", "--quiet", *TOOLS.split()], check=True)
-        replaced += sorted(
-            key for key in before if key != "ekiden" and frozen(python).get(key) != before[key]
-        )
-        suite = run_tests(python, source, ["-m", "not slow and not gpu", *options.tests])
-        leg = run_tests(python, source, ["-m", "slow", "tests/kaggle/test_leg.py"])
-        rows.append({"image": name, "installed": added, "replaced": replaced, "suite": suite, "leg": leg})
+    options.folder.mkdir(parents=True, exist_ok=True)
+    names = options.image or sorted(IMAGES)
+    with ThreadPoolExecutor(len(names)) as pool:
+        rows = list(pool.map(lambda name: try_image(name, options), names))
     passed = all(not row["replaced"] and row["suite"]["status"] == row["leg"]["status"] == 0 for row in rows)
     print(json.dumps({"images": rows, "passed": passed}))
     sys.exit(not passed)

@@ -176,6 +176,7 @@ def test_a_leg_has_no_need_of_an_installed_package(settings: LegSettings, go: Ca
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_two_gpus_are_two_ranks(settings: LegSettings, go: Callable[..., Session]) -> None:
     """Both on the CPU here: what is tried is torchrun, the deadline and the verdict."""
     first = go({**settings, "gpus": 2, "seconds": 75}, python=sys.executable, faults=Faults(gpus=2))

@@ -11,7 +11,7 @@ from ekiden.cli import cli
 from ekiden.errors import UsageError, UserError
 from ekiden.kaggle import inputs
 from ekiden.kaggle.client import Kaggle, KaggleError
-from ekiden.kaggle.upload import fingerprint_of, upload
+from ekiden.kaggle.upload import manifest_of, shards_fingerprint, upload
 
 
 @pytest.fixture
@@ -70,9 +70,11 @@ def test_a_folder_arrives_and_only_changes_are_sent_again(
     send(folder, kaggle, tmp_path)
     assert stand_in.calls("CreateDatasetVersion") == 2
     assert content(stand_in, refs, tmp_path / "b") == everything(folder)
-    assert len(fingerprint_of(refs, kaggle)) == 64
+    assert len(manifest_of(refs, kaggle)["files"]) == 5
     with pytest.raises(KaggleError, match="are not the 2 parts of one corpus"):
-        fingerprint_of(refs[:1], kaggle)
+        manifest_of(refs[:1], kaggle)
+    with pytest.raises(UserError, match="holds no token shards; give `kaggle corpus upload` the output of"):
+        shards_fingerprint(refs, kaggle)
 
 
 def test_an_upload_cut_at_every_file_goes_on(

@@ -28,7 +28,7 @@ from ekiden.kaggle.launcher import GRACE_SECONDS, WALL_SECONDS, write_push
 from ekiden.kaggle.leg import VERDICT
 from ekiden.kaggle.results import bring_home
 from ekiden.kaggle.state import SLUGS, Attempt, RelaySettings, RelayState, age, now
-from ekiden.kaggle.upload import check_name, fingerprint_of, slug_of
+from ekiden.kaggle.upload import check_name, shards_fingerprint, slug_of
 from ekiden.progress import human_count, human_duration, say
 from ekiden.values import to_int
 
@@ -118,7 +118,7 @@ def run_relay(
                 raise UsageError(
                     "--corpus is not set; give the datasets that `ekiden kaggle corpus upload` printed"
                 )
-            fingerprint = fingerprint_of(corpus, kaggle)
+            fingerprint = shards_fingerprint(corpus, kaggle)
             settings = settings_of(recipe, name, corpus, fingerprint, gpus, accelerator, token_budget)
             state = RelayState(secrets.token_hex(4), kaggle.user, settings)
             state.save(folder)

@@ -14,8 +14,9 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from ekiden.errors import UsageError
+from ekiden.errors import UsageError, UserError
 from ekiden.kaggle.client import Kaggle, KaggleError
 from ekiden.kaggle.inputs import PACK_MANIFEST
 from ekiden.kaggle.pack import CHUNK_BYTES, Pack, plan_pack, write_part
@@ -144,15 +145,15 @@ def difference(pack: Pack, part: int, ref: str, kaggle: Kaggle) -> str:
     return "" if found.get("fingerprint") == pack.manifest["fingerprint"] else "it holds another version"
 
 
-def fingerprint_of(refs: list[str], kaggle: Kaggle) -> str:
-    """Return the fingerprint of the pack that lies in datasets `refs`.
+def manifest_of(refs: list[str], kaggle: Kaggle) -> dict[str, Any]:
+    """Return the manifest of the pack that lies in datasets `refs`.
 
     Raises:
         UsageError: one is not owner/name. KaggleError: one is missing or holds no pack, or they are parts of different
             ones.
     """
     found: dict[str, str] = {}
-    parts = 0
+    manifest: dict[str, Any] = {}
     for ref in refs:
         if not re.fullmatch(r"[^/\s]+/[^/\s]+", ref):
             raise UsageError(f"--corpus must be owner/name, or several with commas between, not {ref!r}")
@@ -162,9 +163,25 @@ def fingerprint_of(refs: list[str], kaggle: Kaggle) -> str:
             )
         with tempfile.TemporaryDirectory() as folder:
             manifest = json.loads(kaggle.dataset_file(ref, PACK_MANIFEST, Path(folder)).read_bytes())
-        found[ref], parts = str(manifest["fingerprint"]), int(manifest["parts"])
-    if len(set(found.values())) != 1 or len(found) != parts:
+        found[ref] = str(manifest["fingerprint"])
+    if len(set(found.values())) != 1 or len(found) != manifest["parts"]:
         raise KaggleError(
-            f"--corpus {','.join(refs)} are not the {parts} parts of one corpus; give all that `corpus upload` printed"
+            f"--corpus {','.join(refs)} are not the {manifest['parts']} parts of one corpus; "
+            "give all that `corpus upload` printed"
         )
-    return next(iter(found.values()))
+    return manifest
+
+
+def shards_fingerprint(refs: list[str], kaggle: Kaggle) -> str:
+    """Return the fingerprint of the token shards that lie in datasets `refs`.
+
+    Raises:
+        UserError: they are no token shards, or as for `manifest_of`: better now than in a session on Kaggle.
+    """
+    manifest = manifest_of(refs, kaggle)
+    if not any(record["path"] == "dataset.json" for record in manifest["files"]):
+        raise UserError(
+            f"--corpus {','.join(refs)} holds no token shards; give `kaggle corpus upload` the output of "
+            "`ekiden preprocess`, or --tokenizer"
+        )
+    return str(manifest["fingerprint"])
