@@ -7,7 +7,6 @@
 #define KEPT_IDS 7
 #define SHORT 24 /* symbols up to which the next merge is looked for in all pairs; more need a heap */
 #define NONE INT32_MAX
-#define AHEAD 32
 
 /* Two symbols and what they make. Symbols are numbers of the strings that can stand in a text on the way. */
 typedef struct {
@@ -45,7 +44,7 @@ typedef struct {
 } Bpe;
 
 static inline uint64_t slot_of(const Bpe *m, uint64_t pair) {
-    uint64_t hash = pair * UINT64_C(0x9E3779B97F4A7C15);
+    const uint64_t hash = pair * UINT64_C(0x9E3779B97F4A7C15);
     return (hash ^ hash >> 32) & m->merge_mask;
 }
 
@@ -280,48 +279,31 @@ static int64_t learn(Bpe *m, const uint8_t *text, int64_t size, const uint64_t *
     return count;
 }
 
-typedef struct {
-    uint64_t key[KEY_WORDS];
-    Known *known; /* NULL: too long to be kept */
-    int64_t at, length;
-} Unit;
+static inline Known *place_of(const Bpe *m, uint64_t hash) {
+    return &m->known[hash >> 20 & m->known_mask & ~(uint64_t)1];
+}
 
-/* One text; spaces stand for U+2581. Returns the number of ids, -1 where memory ended.
-
-   AHEAD units are looked for before the first of them is looked up: the table is larger than a processor's caches, and its
-   lines arrive meanwhile. */
+/* One text; spaces stand for U+2581. Returns the number of ids, -1 where memory ended. */
 static int64_t encode_text(Bpe *m, const uint8_t *text, int64_t size, const uint64_t *mix, int32_t *out) {
     const int32_t *begin = out;
     int after_unknown = 0;
     Unit units[AHEAD];
     for (int64_t at = 0; at < size;) {
-        int ahead = 0;
-        for (; ahead < AHEAD && at < size; ahead++) {
-            Unit *unit = &units[ahead];
-            int64_t stop = at + 1;
-            while (stop < size && !cut_between(m->cuts, text[stop - 1], text[stop])) stop++;
-            unit->known = NULL;
-            unit->at = at;
-            unit->length = stop - at;
-            if (unit->length <= KEY_BYTES) {
-                const uint64_t hash = key_of(text + at, unit->length, mix, unit->key);
-                unit->known = &m->known[hash >> 20 & m->known_mask & ~(uint64_t)1];
-                __builtin_prefetch(unit->known);
-            }
-            at = stop;
-        }
+        const int ahead = next_units(m->cuts, text, size, &at, mix, units);
+        for (int i = 0; i < ahead; i++)
+            if (units[i].length <= KEY_BYTES) __builtin_prefetch(place_of(m, units[i].hash));
         for (int i = 0; i < ahead; i++) {
             const Unit *unit = &units[i];
-            const Known *known = unit->known;
-            if (known && !same_key(known->key, unit->key)) known++;
-            if (known && (known == unit->known || same_key(known->key, unit->key))) {
-                for (int j = 0; j < KEPT_IDS; j++) out[j] = known->ids[j]; /* all: a copy of fixed size is faster */
-                out += known->count;
+            Known *known = unit->length <= KEY_BYTES ? place_of(m, unit->hash) : NULL;
+            const Known *same = known && same_key(known->key, unit->key) ? known : NULL;
+            if (known && !same && same_key(known[1].key, unit->key)) same = known + 1;
+            if (same) {
+                for (int j = 0; j < KEPT_IDS; j++) out[j] = same->ids[j]; /* all: a copy of fixed size is faster */
+                out += same->count;
                 after_unknown = 0;
                 continue;
             }
-            const int64_t count =
-                learn(m, text + unit->at, unit->length, unit->key, unit->known, out, &after_unknown);
+            const int64_t count = learn(m, text + unit->at, unit->length, unit->key, known, out, &after_unknown);
             if (count < 0) return -1;
             out += count;
         }

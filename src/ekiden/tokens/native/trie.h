@@ -128,6 +128,31 @@ static inline int same_key(const uint64_t *one, const uint64_t *other) {
     return !differ;
 }
 
+/* Text between two places that no piece spans. Longer than KEY_BYTES: without a key. */
+typedef struct {
+    uint64_t key[KEY_WORDS], hash;
+    int64_t at, length;
+} Unit;
+
+#define AHEAD 32
+
+/* Find the next units of a text from `*at` on, AHEAD at most; return how many. As many are found before the first of them is
+   looked up in a table that is larger than a processor's caches: its lines arrive meanwhile. */
+static inline int next_units(const uint8_t *cuts, const uint8_t *text, int64_t size, int64_t *at, const uint64_t *mix,
+                             Unit *units) {
+    int count = 0;
+    int64_t stop = *at;
+    for (; count < AHEAD && stop < size; count++) {
+        Unit *unit = &units[count];
+        unit->at = stop++;
+        while (stop < size && !cut_between(cuts, text[stop - 1], text[stop])) stop++;
+        unit->length = stop - unit->at;
+        if (unit->length <= KEY_BYTES) unit->hash = key_of(text + unit->at, unit->length, mix, unit->key);
+    }
+    *at = stop;
+    return count;
+}
+
 /* A table of zeros that begins at a cache line, and where it is large, on large pages if the system has them: random places
    of 32 MB are looked at, and each would cost a walk through the table of small pages too. Freed by `free`. */
 static inline void *new_table(int64_t bytes) {

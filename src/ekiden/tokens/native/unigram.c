@@ -63,7 +63,7 @@ Unigram *unigram_new(const uint8_t *bytes, const int64_t *ends, const int32_t *i
     m->scores = malloc(count * sizeof(float));
     m->room = 1 << 12;
     m->slots = malloc(m->room * sizeof(Slot));
-    m->known = known ? calloc(known, sizeof(Known)) : NULL;
+    m->known = known ? new_table(known * sizeof(Known)) : NULL;
     m->known_mask = known - 1;
     if (!m->ids || !m->scores || !m->slots || (known && !m->known) || !build_trie(&m->trie, bytes, ends, count)) {
         unigram_free(m);
@@ -211,79 +211,86 @@ static inline int odd(float sum) {
 
 enum { ANY, SEE_PARITY, ODD, EVEN };
 
+static inline Known *bucket_of(const Unigram *m, uint64_t hash, uint8_t exponent, uint8_t parity) {
+    const uint64_t slot = hash + (exponent << 2 | parity) * UINT64_C(0x9E3779B97F4A7C15);
+    return &m->known[(slot ^ slot >> 32) & m->known_mask & ~(uint64_t)1];
+}
+
 /* The unit with this key after a sum of this binade and parity, or where it may be kept. */
 static inline Known *place_of(const Unigram *m, const uint64_t *key, uint64_t hash, uint8_t exponent, uint8_t parity) {
-    uint64_t slot = hash + (exponent << 2 | parity) * UINT64_C(0x9E3779B97F4A7C15);
-    Known *known = &m->known[(slot ^ slot >> 32) & m->known_mask & ~(uint64_t)1];
+    Known *known = bucket_of(m, hash, exponent, parity);
     for (int way = 0; way < 2; way++) {
         const Known *one = &known[way];
         int same = one->exponent == exponent && (parity ? one->parity == parity : one->parity <= SEE_PARITY);
-        for (int i = 0; i < KEY_WORDS; i++) same &= one->key[i] == key[i];
-        if (same) return &known[way];
+        if (same && same_key(one->key, key)) return &known[way];
     }
     known[1] = known[0]; /* the older one goes */
     known->key[KEY_WORDS - 1] = 0;
     return known;
 }
 
-/* One text; spaces stand for U+2581. Returns the number of ids, -1 where memory ended. */
-static int64_t encode_text(Unigram *m, const uint8_t *text, int64_t size, const uint64_t *mix, int32_t *out) {
-    int32_t *begin = out;
-    int after_unknown = 0;
-    float sum = 0;
-    for (int64_t at = 0; at < size;) {
-        int64_t stop = at + 1;
-        while (stop < size && !cut_between(m->cuts, text[stop - 1], text[stop])) stop++;
-        const int64_t length = stop - at;
-        if (m->limit > 0 && (sum > m->limit || sum < -m->limit)) sum = 0;
-        const uint8_t exponent = binade(sum);
-        Known *known = NULL;
-        uint64_t key[KEY_WORDS], hash = 0;
-        if (m->known && length <= KEY_BYTES && sum >= -m->kept) {
-            hash = key_of(text + at, length, mix, key);
-            known = place_of(m, key, hash, exponent, ANY);
-            if (known->key[KEY_WORDS - 1] && known->parity == SEE_PARITY)
-                known = place_of(m, key, hash, exponent, odd(sum) ? ODD : EVEN);
-            if (known->key[KEY_WORDS - 1]) {
-                float far = sum - known->reach; /* exact: multiples of one step, below 2^24 of them */
-                if (exponent == AT_ZERO || (binade(far) == exponent && far >= -m->kept)) {
-                    for (int i = 0; i < known->count; i++) out[i] = known->ids[i];
-                    out += known->count;
-                    sum += known->delta;
-                    after_unknown = 0;
-                    at = stop;
-                    continue;
-                }
+/* One unit after `*sum`, which becomes the sum after it. Returns the number of ids, -1 where memory ended. */
+static int64_t encode_unit(Unigram *m, const uint8_t *text, const Unit *unit, float *sum, int32_t *out, int *after_unknown) {
+    const float before = m->limit > 0 && (*sum > m->limit || *sum < -m->limit) ? 0 : *sum;
+    const uint8_t exponent = binade(before), parity = odd(before) ? ODD : EVEN;
+    Known *known = NULL;
+    if (m->known && unit->length <= KEY_BYTES && before >= -m->kept) {
+        known = place_of(m, unit->key, unit->hash, exponent, ANY);
+        if (known->key[KEY_WORDS - 1] && known->parity == SEE_PARITY)
+            known = place_of(m, unit->key, unit->hash, exponent, parity);
+        if (known->key[KEY_WORDS - 1]) {
+            const float far = before - known->reach; /* exact: multiples of one step, below 2^24 of them */
+            if (exponent == AT_ZERO || (binade(far) == exponent && far >= -m->kept)) {
+                for (int i = 0; i < KEPT_IDS; i++) out[i] = known->ids[i]; /* all: a copy of fixed size is faster */
+                *sum = before + known->delta;
+                *after_unknown = 0;
+                return known->count;
             }
         }
-        Found found = {sum, 0, 0, 0};
-        int64_t count = search(m, text + at, length, out, &after_unknown, &found);
-        if (count < 0) return -1;
-        int keep = known && found.shifts && count <= KEPT_IDS &&
-                   (exponent == AT_ZERO || (binade(found.farthest) == exponent && found.farthest >= -m->kept));
-        if (keep && found.even && known->parity <= SEE_PARITY) {
-            memcpy(known->key, key, sizeof key);
-            known->exponent = exponent;
-            known->parity = SEE_PARITY;
-            known = place_of(m, key, hash, exponent, odd(sum) ? ODD : EVEN);
+    }
+    Found found = {before, 0, 0, 0};
+    const int64_t count = search(m, text + unit->at, unit->length, out, after_unknown, &found);
+    *sum = found.sum;
+    if (count < 0 || !known || !found.shifts || count > KEPT_IDS) return count;
+    if (exponent != AT_ZERO && (binade(found.farthest) != exponent || found.farthest < -m->kept)) return count;
+    if (found.even && known->parity <= SEE_PARITY) {
+        memcpy(known->key, unit->key, sizeof known->key);
+        known->exponent = exponent;
+        known->parity = SEE_PARITY;
+        known = place_of(m, unit->key, unit->hash, exponent, parity);
+    }
+    memcpy(known->key, unit->key, sizeof known->key);
+    known->delta = found.sum - before;
+    known->reach = before - found.farthest;
+    known->exponent = exponent;
+    known->parity = !found.even && known->parity <= SEE_PARITY ? ANY : parity;
+    known->count = (uint8_t)count;
+    memcpy(known->ids, out, count * sizeof(int32_t));
+    return count;
+}
+
+/* One text; spaces stand for U+2581. Returns the number of ids, -1 where memory ended. */
+static int64_t encode_text(Unigram *m, const uint8_t *text, int64_t size, const uint64_t *mix, int32_t *out) {
+    const int32_t *begin = out;
+    int after_unknown = 0;
+    float sum = 0;
+    Unit units[AHEAD];
+    for (int64_t at = 0; at < size;) {
+        const int ahead = next_units(m->cuts, text, size, &at, mix, units);
+        const uint8_t exponent = binade(sum); /* seldom another one for the last of them */
+        for (int i = 0; i < ahead && m->known; i++)
+            if (units[i].length <= KEY_BYTES) __builtin_prefetch(bucket_of(m, units[i].hash, exponent, ANY));
+        for (int i = 0; i < ahead; i++) {
+            const int64_t count = encode_unit(m, text, &units[i], &sum, out, &after_unknown);
+            if (count < 0) return -1;
+            out += count;
         }
-        if (keep) {
-            memcpy(known->key, key, sizeof key);
-            known->delta = found.sum - sum;
-            known->reach = sum - found.farthest;
-            known->exponent = exponent;
-            known->parity = !found.even && known->parity <= SEE_PARITY ? ANY : odd(sum) ? ODD : EVEN;
-            known->count = (uint8_t)count;
-            memcpy(known->ids, out, count * sizeof(int32_t));
-        }
-        out += count;
-        sum = found.sum;
-        at = stop;
     }
     return out - begin;
 }
 
-/* Texts stand one after the other, text i before borders[i + 1], 64 bytes after them. Writes all ids and where each text's end. */
+/* Texts stand one after the other, text i before borders[i + 1], 64 bytes after them. Writes all ids and where each text's
+   end; `out` has room for 3 ids a byte and 64 more. */
 int64_t unigram_encode(Unigram *m, const uint8_t *data, const int64_t *borders, int64_t texts, const uint64_t *mix,
                        int32_t *out, int64_t *ends) {
     int64_t total = 0;
