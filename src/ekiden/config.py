@@ -115,7 +115,9 @@ class TrainConfig:
     muon_first_momentum: float = 0.6
     """The same at step 0: at first the gradient's direction changes fast, and an old one is in the way."""
     muon_momentum_steps: int = 300
-    """Steps in which the momentum rises on a line from the first to the last."""
+    """Steps in which the momentum, and the beta1 of the AdamW beside muon, rise on a line from the first to the last."""
+    muon_even: bool = True
+    """Every row (or column, where there are more) of a matrix moves as far as the others in a step of muon."""
     schedule: Literal["cosine", "wsd"] = "wsd"
     """Learning rate after the warm-up: cosine, or wsd: constant, then a line down over the last decay_ratio of the run."""
     decay_ratio: float = 0.6
@@ -131,7 +133,9 @@ class TrainConfig:
     weight_decay: float = 0.1
     """Decoupled weight decay on matrices; vectors (norms, biases) have none."""
     beta1: float = 0.8
-    """AdamW's decay of the first moment."""
+    """AdamW's decay of the first moment; with muon from muon_momentum_steps on."""
+    muon_first_beta1: float = 0.6
+    """The same at step 0, with muon."""
     beta2: float = 0.95
     """AdamW's decay of the second moment."""
     adam_epsilon: float = 1e-8

@@ -57,7 +57,7 @@ def validate(config: TrainConfig) -> TrainConfig:
             raise UsageError(
                 f"--{name.replace('_', '-')} must be a share from 0 to 1, not {getattr(config, name)}"
             )
-    for name in ("muon_momentum", "muon_first_momentum", "beta1", "beta2"):
+    for name in ("muon_momentum", "muon_first_momentum", "muon_first_beta1", "beta1", "beta2"):
         if not 0 <= getattr(config, name) < 1:
             raise UsageError(
                 f"--{name.replace('_', '-')} must be from 0 to below 1, not {getattr(config, name)}"

@@ -26,7 +26,7 @@ from ekiden.training import evaluating
 from ekiden.training import step as step_module
 from ekiden.training.history import read_history
 from ekiden.training.loop import train
-from ekiden.training.state import changed_settings
+from ekiden.training.state import as_it_began, changed_settings
 
 Settings = Callable[..., TrainConfig]
 
@@ -155,6 +155,21 @@ def test_a_setting_that_an_older_checkpoint_lacks_was_at_its_default(settings: S
     assert changed_settings(saved, config) == {}
     with pytest.raises(UserError, match="--document-mask True differs from the False this run began with"):
         changed_settings(saved, settings(3, document_mask=True))
+
+
+def test_a_run_from_before_a_part_of_the_recipe_goes_on_without_it(settings: Settings) -> None:
+    config = settings(3)
+    saved = dataclasses.asdict(config)
+    for name in ("muon_even", "muon_first_beta1"):
+        del saved[name]
+    goes_on = as_it_began(config, saved)
+    assert (goes_on.muon_even, goes_on.muon_first_beta1) == (False, config.beta1)
+    assert changed_settings(saved, goes_on) == {}
+    asked = settings(3, muon_first_beta1=0.3)
+    with pytest.raises(UserError, match=r"--muon-first-beta1 0\.3 differs from the 0\.8 this run began with"):
+        changed_settings(saved, as_it_began(asked, saved))
+    whole = dataclasses.asdict(config)
+    assert as_it_began(config, whole) == config
 
 
 def test_changes_that_may_be_made_are_recorded(settings: Settings, tmp_path: Path) -> None:

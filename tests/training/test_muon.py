@@ -15,7 +15,7 @@ from ekiden.config import TrainConfig, build_config
 from ekiden.modeling.build import build_model
 from ekiden.training import step as step_module
 from ekiden.training.loop import train
-from ekiden.training.muon import Matrix, Muon, multiply_dtype, orthogonalize
+from ekiden.training.muon import Matrix, Muon, even_out, multiply_dtype, orthogonalize
 from ekiden.training.optimizer import block_matrices, build_optimizer, set_learning_rate
 from ekiden.training.step import apply_update
 
@@ -53,6 +53,38 @@ def test_singular_values_become_one_whatever_the_arithmetic_and_the_size(dtype, 
 
 def test_a_gradient_of_zeros_moves_nothing() -> None:
     assert not orthogonalize(torch.zeros(2, 4, 6), torch.float16).any()
+    assert not even_out(torch.zeros(2, 4, 6)).any()
+
+
+@pytest.mark.parametrize("shape", [(2, 96, 24), (2, 24, 96), (2, 24, 24)])
+def test_all_vectors_along_the_longer_side_move_as_far(shape: tuple[int, int, int]) -> None:
+    numbers = torch.Generator().manual_seed(0)
+    # Units of very different gradients, one of which has none.
+    sizes = torch.logspace(-2, 0, max(shape[1:]))
+    sizes[0] = 0
+    along = -1 if shape[1] >= shape[2] else -2
+    before = orthogonalize(torch.randn(shape, generator=numbers) * sizes.unsqueeze(along), torch.float32)
+    after = even_out(before)
+    lengths = after.norm(dim=along)
+    if shape[1] == shape[2]:
+        assert after is before
+        return
+    assert not lengths[:, 0].any()
+    torch.testing.assert_close(lengths[:, 1:], torch.full_like(lengths[:, 1:], 0.5))
+    assert before.norm(dim=along)[:, 1:].max() > 5 * before.norm(dim=along)[:, 1:].min()
+
+
+def test_the_setting_reaches_the_optimizer() -> None:
+    """Rows of the widening matrix of the feed-forward layer, after one step."""
+    spreads = []
+    for even in (False, True):
+        model, optimizer = with_gradients("gemma3-tiny", muon_even=even, weight_decay=0.0)
+        weight = model.get_submodule("model.layers.0.mlp.gate_proj").weight
+        before = weight.detach().clone()
+        optimizer.step()
+        moved = (weight.detach() - before).norm(dim=1)
+        spreads.append(float(moved.max() / moved.min()))
+    assert spreads[1] < 1.01 < spreads[0]
 
 
 def test_the_arithmetic_follows_the_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from ekiden.config import TrainConfig, build_config, preset_names
 from ekiden.errors import UsageError, UserError
 from ekiden.training.history import read_history
 from ekiden.training.loop import train
-from ekiden.training.optimizer import learning_rate, muon_momentum
+from ekiden.training.optimizer import learning_rate, momenta
 from ekiden.training.recipe import SETTINGS, describe_recipe
 
 Settings = Callable[..., TrainConfig]
@@ -67,20 +67,23 @@ def test_the_momentum_rises_on_a_line_and_a_resumed_run_goes_on_with_it(
     config = build_config(
         "gpt2-10m", muon_first_momentum=0.5, muon_momentum=0.9, muon_momentum_steps=4, optimizer="muon"
     )
-    assert [muon_momentum(step, config) for step in range(7)] == pytest.approx(
-        [0.5, 0.6, 0.7, 0.8, 0.9, 0.9, 0.9]
-    )
-    assert muon_momentum(0, dataclasses.replace(config, muon_momentum_steps=0)) == 0.9
+    config = dataclasses.replace(config, muon_first_beta1=0.4, beta1=0.8)
+    momentum, beta1 = zip(*(momenta(step, config) for step in range(7)))
+    assert momentum == pytest.approx([0.5, 0.6, 0.7, 0.8, 0.9, 0.9, 0.9])
+    assert beta1 == pytest.approx([0.4, 0.5, 0.6, 0.7, 0.8, 0.8, 0.8])
+    assert momenta(0, dataclasses.replace(config, muon_momentum_steps=0)) == (0.9, 0.8)
+    assert momenta(0, dataclasses.replace(config, optimizer="adamw"))[1] == 0.8
     more = {"optimizer": "muon", "muon_first_momentum": 0.2, "muon_momentum_steps": 6, "decay_ratio": 0.01}
     train(settings(3, output_dir=tmp_path / "parts", **more))
     train(settings(6, output_dir=tmp_path / "parts", **more))
     train(settings(6, output_dir=tmp_path / "once", **more))
     train(settings(6, output_dir=tmp_path / "flat", **more | {"muon_first_momentum": 0.95}))
-    parts, once, flat = (
+    train(settings(6, output_dir=tmp_path / "longer", **more | {"muon_first_beta1": 0.8}))
+    parts, once, *others = (
         (tmp_path / name / "final_model" / "model.safetensors").read_bytes()
-        for name in ("parts", "once", "flat")
+        for name in ("parts", "once", "flat", "longer")
     )
-    assert parts == once != flat
+    assert parts == once and once not in others
 
 
 def test_decay_from_closes_a_run_and_resumes_like_any_other(settings: Settings, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ nothing without asking the host.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -91,6 +92,20 @@ def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return result if matrices.shape[-2] <= matrices.shape[-1] else result.mT
 
 
+def even_out(matrices: torch.Tensor) -> torch.Tensor:
+    """Return matrices [n, A, B] with all vectors along the longer side made as long as one another, the whole as long as before.
+
+    An orthogonal matrix that is not square has vectors of length 1 along its shorter side only: along the other, some
+    units of a feed-forward layer would move ten times as far as others. What Li et al. 2025 (NorMuon, arXiv:2510.05491)
+    do with a running mean of those lengths, of this step's alone: nothing to keep.
+    """
+    rows, columns = matrices.shape[-2:]
+    if rows == columns:
+        return matrices
+    lengths = torch.linalg.vector_norm(matrices, dim=-1 if rows > columns else -2, keepdim=True)
+    return matrices / lengths.clamp_min(1e-5) * math.sqrt(min(rows, columns) / max(rows, columns))
+
+
 class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) on matrices, and `rest` on everything else.
 
@@ -102,6 +117,7 @@ class Muon(torch.optim.Optimizer):
         matrices: what Muon trains. rest: an optimizer of all other parameters. It shares `state` and
             `param_groups` with this one, so that a checkpoint, a learning rate or a GradScaler sees one optimizer.
         lr_ratio: of Muon's groups; whoever sets their `lr` multiplies by it.
+        even: every vector along a matrix's longer side moves as far as the others (`even_out`).
     """
 
     def __init__(
@@ -112,10 +128,11 @@ class Muon(torch.optim.Optimizer):
         momentum: float = 0.95,
         weight_decay: float = 0.0,
         lr_ratio: float = 1.0,
+        even: bool = False,
     ) -> None:
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "lr_ratio": lr_ratio}
         super().__init__([m.parameter for m in matrices], defaults)
-        self.matrices, self.rest = matrices, rest
+        self.matrices, self.rest, self.even = matrices, rest, even
         self.param_groups.extend(rest.param_groups)
         rest.state = self.state
         self.grad_scale: torch.Tensor | None = None
@@ -152,7 +169,8 @@ class Muon(torch.optim.Optimizer):
         wholes = gather_to_owners(updates, like) if like is not None else updates
         if wholes:
             parts = [part for whole in wholes for part in matrices[0].split(whole)]
-            done = iter(orthogonalize(torch.stack(parts), multiply_dtype(device)).unbind())
+            stacked = orthogonalize(torch.stack(parts), multiply_dtype(device))
+            done = iter((even_out(stacked) if self.even else stacked).unbind())
             wholes = [matrices[0].join([next(done) for _ in range(matrices[0].parts)]) for _ in wholes]
         updates = scatter_from_owners(wholes, updates, like) if like is not None else wholes
         decay, rate = 1 - group["lr"] * group["weight_decay"] * good, group["lr"] * scale * good

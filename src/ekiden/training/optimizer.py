@@ -46,6 +46,7 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
         momentum=config.muon_momentum,
         weight_decay=config.weight_decay,
         lr_ratio=config.matrix_learning_rate / config.learning_rate,
+        even=config.muon_even,
     )
 
 
@@ -99,17 +100,29 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate * group.get("lr_ratio", 1.0)
 
 
-def muon_momentum(step: int, config: TrainConfig) -> float:
-    """Return Muon's decay of the momentum at `step` (0-based): a line, then constant."""
+def momenta(step: int, config: TrainConfig) -> tuple[float, float]:
+    """Return Muon's decay of the momentum and AdamW's beta1 at `step` (0-based): lines, then constant.
+
+    Without Muon beta1 is the same at every step.
+    """
     part = min(1.0, step / config.muon_momentum_steps) if config.muon_momentum_steps else 1.0
-    return config.muon_first_momentum + part * (config.muon_momentum - config.muon_first_momentum)
+    beta1 = config.beta1
+    if config.optimizer == "muon":
+        beta1 = config.muon_first_beta1 + part * (config.beta1 - config.muon_first_beta1)
+    return config.muon_first_momentum + part * (config.muon_momentum - config.muon_first_momentum), beta1
 
 
-def set_momentum(optimizer: torch.optim.Optimizer, momentum: float) -> None:
-    """Give Muon's group its momentum; an optimizer without one stays as it is."""
+def set_momenta(optimizer: torch.optim.Optimizer, momentum: float, beta1: float) -> None:
+    """Give Muon's group its momentum, and AdamW's groups their beta1.
+
+    AdamW then corrects its mean for a beta1 that was always this one; over a rise of 300 steps that is wrong
+    by 0.1 % of the mean at most.
+    """
     for group in optimizer.param_groups:
         if "momentum" in group:
             group["momentum"] = momentum
+        else:
+            group["betas"] = beta1, group["betas"][1]
 
 
 def learning_rate(

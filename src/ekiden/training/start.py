@@ -47,7 +47,7 @@ from ekiden.training.ranks import Ranks
 from ekiden.training.recipe import describe_recipe
 from ekiden.training.rundir import RunDirectory
 from ekiden.training.sharding import shard_state, wants_shards
-from ekiden.training.state import Counters, SavedState, TrainingState, changed_settings
+from ekiden.training.state import Counters, SavedState, TrainingState, as_it_began, changed_settings
 
 
 @dataclass
@@ -89,6 +89,8 @@ def prepare(config: TrainConfig, run: RunDirectory, ranks: Ranks | None = None) 
     tokenizer = dataset.tokenizer()
     identity = {"data": dataset.fingerprint, "tokenizer": dataset.tokenizer_sha256}
     found, resumed_step, saved = look(config, run, identity, ranks)
+    if saved:
+        config = as_it_began(config, saved["config"])
     changed = changed_settings(saved["config"], config) if saved else {}
     mixture, global_batch = order_of_samples(config, dataset, saved, ranks)
     model, sharded, compiled = place_model(config, tokenizer, device, precision, ranks)

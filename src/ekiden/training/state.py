@@ -10,6 +10,7 @@ folder too), `optimizer.safetensors` (moments by parameter name), `rng.safetenso
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -253,15 +254,41 @@ def load_weights(model: nn.Module, tensors: TensorDict, where: str) -> None:
             parameter.copy_(tensors[name])
 
 
+SINCE: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "muon_even": lambda saved: False,
+    "muon_first_beta1": lambda saved: saved["beta1"],
+}
+"""What a run did before a setting existed, where its default does something else."""
+
+
+def settings_then(saved: dict[str, Any]) -> dict[str, Any]:
+    """Return all settings that a checkpoint's run had, also those that came after it."""
+    since = {name: value(saved) for name, value in SINCE.items() if name not in saved and "beta1" in saved}
+    return {**dataclasses.asdict(TrainConfig()), **since, **saved}
+
+
+def as_it_began(config: TrainConfig, saved: dict[str, Any]) -> TrainConfig:
+    """Return `config`, but a setting that came after the run began, and was not given, as the run has it."""
+    then, default = settings_then(saved), TrainConfig()
+    return dataclasses.replace(
+        config,
+        **{
+            name: then[name]
+            for name in SINCE
+            if name not in saved and getattr(config, name) == getattr(default, name)
+        },
+    )
+
+
 def changed_settings(saved: dict[str, Any], config: TrainConfig) -> dict[str, tuple[Any, Any]]:
     """Return {name: (saved, now)} for every setting that differs from the checkpoint's.
 
-    A setting that the checkpoint does not know, being older than it, was at its default then.
+    A setting that the checkpoint does not know, being older than it, was at its default then, or as `SINCE` says.
 
     Raises:
         UserError: one of them would make it another run.
     """
-    now, then = dataclasses.asdict(config), {**dataclasses.asdict(TrainConfig()), **saved}
+    now, then = dataclasses.asdict(config), settings_then(saved)
     changed = {name: (then[name], value) for name, value in now.items() if then[name] != value}
     for name, (before, after) in changed.items():
         if name not in RESUME_FREE:

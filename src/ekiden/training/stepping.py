@@ -21,7 +21,7 @@ from ekiden.training.exact import GradientTree
 from ekiden.training.history import History
 from ekiden.training.memory import OutOfMemory, run_within_memory, try_step
 from ekiden.training.microbatch import find_microbatch, rows_each
-from ekiden.training.optimizer import learning_rate, muon_momentum, set_momentum
+from ekiden.training.optimizer import learning_rate, momenta, set_momenta
 from ekiden.training.ranks import Ranks
 from ekiden.training.rundir import RunDirectory
 from ekiden.training.sharding import filled_up
@@ -125,7 +125,7 @@ class Stepper:
         config, counters = self.config, self.counters
         loss = self._exchanged(self._within_memory(self._gradients))
         rate = learning_rate(counters.step, config, self.start.max_steps, counters.decay)
-        set_momentum(self.state.optimizer, muon_momentum(counters.step, config))
+        set_momenta(self.state.optimizer, *momenta(counters.step, config))
         update = functools.partial(
             apply_update, self.state.optimizer, loss, rate, config.max_grad_norm, self.state.scaler
         )
