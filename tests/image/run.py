@@ -79,7 +79,7 @@ def make_image(folder: Path, pins: str, interpreter: str) -> Path:
 
 def snapshot(folder: Path) -> Path:
     """Copy what is tried to `folder`, so that wheel and tests stay of one moment while the sources are worked on."""
-    for name in ("src", "tests", "notebooks", "docs"):
+    for name in ("src", "tests", "benchmarks", "notebooks", "docs"):
         shutil.copytree(
             ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info")
         )
