@@ -49,13 +49,12 @@ _SCRIPT_OF = _Scripts()
 
 def dominant_script(text: str) -> str | None:
     """Return the script of DOMINANT of the letters of `text`, such as 'DEVANAGARI'; None where no script has them."""
-    counts = Counter(map(_SCRIPT_OF.__getitem__, text[:: max(1, len(text) // SAMPLED)][:SAMPLED]))
-    counts.pop(None, 0)
-    total = sum(counts.values())
-    if total < LEAST_LETTERS:
+    looked_at = text[:: max(1, len(text) // SAMPLED)][:SAMPLED]
+    scripts = [script for character in looked_at if (script := _SCRIPT_OF[character])]
+    if len(scripts) < LEAST_LETTERS:
         return None
-    script, count = counts.most_common(1)[0]
-    return script if count >= DOMINANT * total else None
+    most = max(set(scripts), key=scripts.count)
+    return most if scripts.count(most) >= DOMINANT * len(scripts) else None
 
 
 @dataclass

@@ -23,7 +23,6 @@ import numpy as np
 
 from ekiden.tokenizer.load import SentencePieceTokenizer, Tokenizer, encode_texts
 from ekiden.tokens.exact import (
-    ESCAPED,
     SPACE,
     Normalizer,
     NotProvable,
@@ -65,7 +64,7 @@ class BpeCache:
         model = model_of(tokenizer)
         spec = model.normalizer_spec
         self._normalize = Normalizer(tokenizer, spec)
-        pieces = [text.replace(ESCAPED, SPACE) for _number, text in merged_pieces(model)]
+        pieces = list(merged_pieces(model).values())
         self._left, self._right = border_masks(pieces)
         spec.precompiled_charsmap = b""
         spec.add_dummy_prefix = spec.remove_extra_whitespaces = False

@@ -17,7 +17,7 @@ import numpy as np
 
 from ekiden.tokenizer.load import Tokenizer
 from ekiden.tokens.compiled import CompiledEncoder, byte_ids, cuts_between, joined, unknown_id
-from ekiden.tokens.exact import ESCAPED, SPACE, USER_DEFINED, NotProvable, merged_pieces
+from ekiden.tokens.exact import USER_DEFINED, NotProvable, merged_pieces
 
 _KEPT_UNITS = 1 << 19
 """Of 64 bytes each."""
@@ -40,21 +40,18 @@ class BpeMerges(CompiledEncoder):
 
     def _new(self, model: Any) -> int | None:
         """Make the trie of all strings that can stand in a text on the way, and the table of merges."""
-        pieces = {
-            text.replace(ESCAPED, SPACE).encode(): number
-            for number, text in merged_pieces(model)
-            if SPACE not in text  # which never stands in a normalised text
-        }
         scores = np.array([piece.score for piece in model.pieces], dtype=np.float32)
         if np.isnan(scores).any():
             raise NotProvable("a score of its pieces is not a number")
         ranks = np.unique(-scores, return_inverse=True)[1].astype(np.int32)
         defined = np.array([piece.type == USER_DEFINED for piece in model.pieces])
-        letters = {letter.encode() for letter in set(b"".join(pieces).decode())}
-        order = sorted(pieces.keys() | letters)
-        ids = np.array([pieces.get(data, -1) for data in order], dtype=np.int32)
+        pieces = {text: number for number, text in merged_pieces(model).items()}
+        # Sorted as their UTF-8 is: both go by code points.
+        order = sorted(pieces.keys() | set("".join(pieces)))
+        ids = np.array([pieces.get(text, -1) for text in order], dtype=np.int32)
         whole = ((ids >= 0) & defined[ids]).astype(np.uint8)
+        strings = "\0".join(order).encode().split(b"\0")
         return self.library.bpe_new(
-            *joined(order), ids, ranks[ids], whole, len(order), unknown_id(model), byte_ids(model),
-            cuts_between(order), _KEPT_UNITS,
+            *joined(strings), ids, ranks[ids], whole, len(order), unknown_id(model), byte_ids(model),
+            cuts_between(strings), _KEPT_UNITS,
         )  # fmt: skip

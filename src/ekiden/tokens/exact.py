@@ -66,24 +66,30 @@ def model_of(tokenizer: SentencePieceTokenizer) -> Any:
     return model
 
 
-def merged_pieces(model: Any) -> list[tuple[int, str]]:
-    """Return (id, text) of the pieces that a BPE model's merges can make or are kept from making.
+def merged_pieces(model: Any) -> dict[int, str]:
+    """Return the pieces by id that a BPE model's merges can make or are kept from making; spaces for U+2581.
 
     Raises:
         NotProvable: what SentencePiece does with some of its pieces is not done here. An unused one is taken apart by the
             merge of its kind that was looked at last, wherever in the text; a control piece of one character, or of a
             normal piece's text, is taken for that.
     """
-    pieces = [(n, p.piece) for n, p in enumerate(model.pieces) if p.type in (NORMAL, USER_DEFINED)]
-    texts = {text for _number, text in pieces}
-    for piece in model.pieces:
-        if piece.type == UNUSED:
-            raise NotProvable(f"its piece {piece.piece!r} is marked unused")
-        if piece.type not in (NORMAL, USER_DEFINED) and (len(piece.piece) == 1 or piece.piece in texts):
-            raise NotProvable(f"its control piece {piece.piece!r} may stand in a text")
-        if piece.type == USER_DEFINED and "\0" in piece.piece:
-            raise NotProvable("a piece of its user's holds a NUL")
-    return pieces
+    kinds, texts = [piece.type for piece in model.pieces], [piece.piece for piece in model.pieces]
+    # At once: one by one takes a tenth of a second for 32,000.
+    escaped = "\0".join(texts).replace(ESCAPED, SPACE).split("\0")
+    if len(escaped) != len(texts):
+        raise NotProvable("a piece of it holds a NUL")
+    merged = {}
+    for number, (kind, text, found) in enumerate(zip(kinds, texts, escaped)):
+        if kind in (NORMAL, USER_DEFINED) and SPACE not in text:  # it never stands in a normalised text
+            merged[number] = found
+    if UNUSED in kinds:
+        raise NotProvable(f"its piece {texts[kinds.index(UNUSED)]!r} is marked unused")
+    known = set(merged.values())
+    for number, text in enumerate(escaped):
+        if kinds[number] not in (NORMAL, USER_DEFINED) and (len(text) == 1 or text in known):
+            raise NotProvable(f"its control piece {texts[number]!r} may stand in a text")
+    return merged
 
 
 class Normalizer:
