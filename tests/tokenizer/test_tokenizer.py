@@ -75,11 +75,13 @@ def test_transformers_gets_the_same_ids(tiny: Tokenizer, converted: Path, texts:
 
 
 @pytest.mark.parametrize("byte_fallback", [True, False])
-def test_control_pieces_spelt_in_a_text_are_text_for_a_unigram_model_that_knows_the_bracket(
-    tmp_path: Path, language_folder: Path, byte_fallback: bool
+@pytest.mark.parametrize("about", ["<{} 0xA1 </>", "{} 0xA1 k", "<{}", "{}> s>"])
+def test_control_pieces_spelt_in_a_text_are_text_for_a_unigram_model(
+    tmp_path: Path, language_folder: Path, about: str, byte_fallback: bool
 ) -> None:
+    """Also where the model knows only some of their characters."""
     texts = [
-        "<" + json.loads(line)["text"] + " 0xA1 </>"
+        about.format(json.loads(line)["text"].replace("<", "").replace(">", ""))
         for line in (language_folder / "english" / "text.jsonl").read_text(encoding="utf-8").splitlines()
     ]
     sentencepiece.SentencePieceTrainer.train(
@@ -92,7 +94,15 @@ def test_control_pieces_spelt_in_a_text_are_text_for_a_unigram_model_that_knows_
     )
     tokenizer = load_tokenizer(tmp_path / "m.model")
     save_huggingface_tokenizer(tokenizer, tmp_path / "hf")
-    texts += ["a <s> b</s>", "<s> the </s>", "<0xA1>", "< 0xA1>"]
+    texts += [
+        "a <s> b</s>",
+        "<s> the </s>",
+        "<0xA1>",
+        "< 0xA1>",
+        "<unk>",
+        "the <unk><unk> x",
+        "\u0915<s>\u0915</s><",
+    ]
     assert not set(tokenizer.encode("a <s> b</s>")) & {1, 2}
     assert compare_tokenizers(tokenizer, tmp_path / "hf", texts).different == 0
 

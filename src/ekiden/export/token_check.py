@@ -97,7 +97,7 @@ def classify(tokenizer: SentencePieceTokenizer, expected: list[int], found: list
         return DIFFERENT
     total = 0.0
     for left, right in zip(ours, theirs):
-        if not _is_tie(tokenizer, left, right, total):
+        if not is_tie(tokenizer, left, right, total):
             return DIFFERENT
         total += sum(abs(tokenizer.processor.get_score(i)) for i in left)
     return TIE
@@ -118,7 +118,7 @@ def _known_runs(tokenizer: SentencePieceTokenizer, ids: list[int]) -> list[list[
     return runs
 
 
-def _is_tie(tokenizer: SentencePieceTokenizer, left: list[int], right: list[int], before: float) -> bool:
+def is_tie(tokenizer: SentencePieceTokenizer, left: list[int], right: list[int], before: float) -> bool:
     """Return whether two segmentations of one text are equal, or differ only where fp32 cannot tell them apart.
 
     Args:

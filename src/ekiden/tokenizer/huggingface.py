@@ -7,6 +7,7 @@ model family's own class, or none, AutoTokenizer rebuilds the pipeline its own w
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ def pipeline(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
         "padding": None,
         "added_tokens": _added_tokens(model),
         "normalizer": {"type": "Sequence", "normalizers": steps},
-        "pre_tokenizer": _isolated_bracket(model) if tokenizer.model_type == "unigram" else None,
+        "pre_tokenizer": _cut_controls(model) if tokenizer.model_type == "unigram" else None,
         "post_processor": None,
         "decoder": {"type": "Sequence", "decoders": decoders},
         "model": _bpe(model) if tokenizer.model_type == "bpe" else _unigram(model),
@@ -123,17 +124,29 @@ _NEVER = 1000.0
 """How far below the worst piece of text a control or byte piece is scored, so that its spelling is never taken for it."""
 
 
-def _isolated_bracket(model: Any) -> dict[str, Any] | None:
-    """Return a pre-tokenizer that keeps '<' apart where no piece of text holds it; None where one does.
+def _cut_controls(model: Any) -> dict[str, Any] | None:
+    """Return a pre-tokenizer that cuts spelled control and byte pieces, such as "</s>", in two; None where none has to be.
 
-    The library's unigram model has control and byte pieces in its lattice. Scored low they lose to the characters of
-    "</s>", but not to characters that are no pieces themselves; those become bytes one by one, so a cut changes nothing.
+    The library's unigram model has these pieces in its lattice. Scored low they lose to the characters of "</s>", but not
+    where one of these is no piece itself: an unknown character is scored lower still. They are cut where no piece of
+    text spans the cut, so it changes nothing else; and beside a known character if possible, since unknown ones in a row
+    are one id only within a part.
     """
-    if not model.trainer_spec.byte_fallback:
+    of_text = [piece.piece for piece in model.pieces if piece.type in _OF_TEXT]
+    known = {piece for piece in of_text if len(piece) == 1}
+    pairs = {pair for piece in of_text for pair in zip(piece, piece[1:])}
+    ends: dict[str, list[str]] = {}
+    for text in (piece.piece for piece in model.pieces if piece.type not in _OF_TEXT):
+        cuts = [cut for cut in range(1, len(text)) if (text[cut - 1], text[cut]) not in pairs]
+        if cuts and not known.issuperset(text):
+            cut = min(cuts, key=lambda cut: known.isdisjoint(text[cut - 1 : cut + 1]))
+            ends.setdefault(text[:cut], []).append(text[cut:])
+    if not ends:
         return None
-    if any("<" in piece.piece for piece in model.pieces if piece.type in _OF_TEXT):
-        return None
-    return {"type": "Split", "pattern": {"String": "<"}, "behavior": "Isolated", "invert": False}
+    pattern = "|".join(
+        f"{re.escape(begin)}(?={'|'.join(map(re.escape, rest))})" for begin, rest in sorted(ends.items())
+    )
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "MergedWithPrevious", "invert": False}
 
 
 def _unigram(model: Any) -> dict[str, Any]:
