@@ -211,3 +211,51 @@ def test_shards_hold_sentencepieces_ids_document_by_document(
         found = [ids for split in ("train", "test") for ids in ids_of(dataset)[f"{language} {split}"]]
         around = [processor.encode(text, add_bos=True, add_eos=True) for text in expected]
         assert sorted(found) == sorted(around)
+
+
+SETTINGS: dict[str, dict[str, Any]] = {"ours": model_kinds.OURS, "defaults": {}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", ["unigram", "bpe"])
+@pytest.mark.parametrize("options", SETTINGS)
+def test_shards_of_the_corpora_with_a_model_of_16_000_pieces(
+    model_type: str, options: str, corpora: Path, tmp_path: Path
+) -> None:
+    """Every document of the first file of each language; some are so long that a unigram model's sums are set back."""
+    import json
+
+    texts = {
+        folder.name: [json.loads(line)["text"] for line in sorted(folder.glob("*.jsonl"))[0].open("rb")]
+        for folder in sorted(corpora.iterdir())
+        if list(folder.glob("*.jsonl"))
+    }
+    for language, documents in texts.items():
+        (tmp_path / "corpus" / language).mkdir(parents=True)
+        with (tmp_path / "corpus" / language / "a.jsonl").open("w") as file:
+            file.writelines(json.dumps({"text": text}) + "\n" for text in documents)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=(
+            line for some in texts.values() for text in some for line in text.split("\n") if line
+        ),
+        model_prefix=str(tmp_path / "m"),
+        model_type=model_type,
+        vocab_size=16_000,
+        input_sentence_size=100_000,
+        num_threads=2,
+        minloglevel=2,
+        **SETTINGS[options],
+    )
+    dataset = build.preprocess(
+        [str(tmp_path / "corpus")], str(tmp_path / "m.model"), str(tmp_path / "out"), num_proc=2, test_split=0
+    )
+    tokenizer = load_tokenizer(tmp_path / "m.model")
+    assert isinstance(tokenizer, SentencePieceTokenizer)
+    score, farthest = [tokenizer.processor.get_score(number) for number in range(16_000)], 0.0
+    for language, documents in texts.items():
+        stream = dataset.split(language, "train")
+        assert stream.documents == len(documents)
+        for number, ids in enumerate(tokenizer.encode_batch(documents)):
+            farthest = min(farthest, sum(score[i] for i in ids))
+            assert stream.document(number).tolist() == [tokenizer.bos_id, *ids, tokenizer.eos_id]
+    assert model_type == "bpe" or farthest < -100_000

@@ -141,3 +141,22 @@ def test_a_plot_that_cannot_be_written_is_refused_before_the_corpus_is_read(tmp_
         corpus_command, ["inspect", str(tmp_path / "nowhere"), "--plot", "mixture.png"]
     )
     assert "--plot must name a file ending in .html, not mixture.png" in str(result.exception)
+
+
+def test_a_damaged_shard_is_found_where_that_is_asked(
+    corpus: Path, tokenizer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "shards"
+    preprocess([str(corpus)], tokenizer, str(out), executor=ThreadPoolExecutor(1))
+    files = [*out.rglob("*.bin"), *out.rglob("*.idx")]
+    inspect([str(out)], verify=True)
+    assert f"{len(files)} files of {out} have the hashes they were written with" in capsys.readouterr().err
+    damaged = out / "dutch" / "train-00000.bin"
+    data = bytearray(damaged.read_bytes())
+    data[1000] ^= 1
+    damaged.write_bytes(data)
+    inspect([str(out)])
+    with pytest.raises(UserError, match=r"dutch/train-00000\.bin is damaged; preprocess again, or copy"):
+        inspect([str(out)], verify=True)
+    with pytest.raises(UsageError, match="--verify is for a folder of token shards"):
+        inspect([str(corpus)], verify=True)

@@ -113,6 +113,9 @@ def corpus() -> None:
 @click.option(
     "--token-budget", help="Tokens of the run that is planned: 100M, 1B. Default: as many as there are."
 )
+@click.option(
+    "--verify", is_flag=True, help="Compare the hash of every file of token shards first, as after a copy."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--plot", help="Write the mixtures to this .html file.")
 @NUM_PROC

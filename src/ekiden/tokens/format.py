@@ -219,8 +219,8 @@ class TokenDataset:
             for shard in split.shards
         ]
 
-    def verify(self) -> None:
-        """Compare the hash of every file.
+    def verify(self) -> int:
+        """Compare the hash of every file; return how many there are.
 
         Raises:
             UserError: one differs.
@@ -231,6 +231,7 @@ class TokenDataset:
                     raise UserError(
                         f"{folder / (shard.name + suffix)} is damaged; preprocess again, or copy the folder again"
                     )
+        return 2 * len(self._all_shards())
 
     @property
     def languages(self) -> list[str]:

@@ -170,6 +170,7 @@ def inspect(
     num_proc: int | None = None,
     language: str | None = None,
     txt_documents: str = "blank-line",
+    verify: bool = False,
 ) -> Inspection:
     """Return what `corpus` (or one folder of token shards) consists of.
 
@@ -177,6 +178,7 @@ def inspect(
         corpus: as `tokens.build.preprocess` takes it, or one folder that it wrote.
         tokenizer: SentencePiece .model, tokenizer folder or hub id; for a raw corpus only.
         token_budget: tokens of the run to plan ('1B'); without a tokenizer, bytes of text. None: as many as there are.
+        verify: compare the hash of every file of the shards first, as after a copy from another machine.
 
     Raises:
         UserError: corpus or tokenizer are missing or damaged, or hold nothing; a worker process died.
@@ -187,7 +189,14 @@ def inspect(
     if len(corpus) == 1 and (Path(corpus[0]) / "dataset.json").exists():
         if tokenizer is not None:
             raise UsageError("--tokenizer is not for token shards, which hold their own; leave it out")
-        languages = of_shards(TokenDataset.open(corpus[0]))
+        dataset = TokenDataset.open(corpus[0])
+        if verify:
+            say(f"{dataset.verify()} files of {corpus[0]} have the hashes they were written with")
+        languages = of_shards(dataset)
+    elif verify:
+        raise UsageError(
+            "--verify is for a folder of token shards; give the --output-dir of `ekiden preprocess`"
+        )
     else:
         languages = of_corpus(plan_units(discover(corpus, language)), tokenizer, num_proc, txt_documents)
     return plan(languages, budget)
