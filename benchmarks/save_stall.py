@@ -26,7 +26,7 @@ from ekiden.checkpoint.store import CheckpointStore, CheckpointWriter
 from ekiden.config import TrainConfig, build_config
 from ekiden.modeling.build import build_model
 from ekiden.modeling.device import select_device, select_precision
-from ekiden.tokens.mixture import plan_mixture
+from ekiden.tokens.shares import plan_mixture
 from ekiden.training.optimizer import build_optimizer
 from ekiden.training.state import Snapshot, TrainingState
 from ekiden.training.step import accumulate_gradients, apply_update

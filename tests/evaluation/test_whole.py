@@ -23,7 +23,7 @@ from ekiden.tokenizer.train import train_tokenizer
 from ekiden.tokens.batches import Batches
 from ekiden.tokens.build import preprocess
 from ekiden.tokens.format import TokenDataset
-from ekiden.tokens.mixture import plan_mixture
+from ekiden.tokens.shares import plan_mixture
 from ekiden.training.history import read_history
 from ekiden.training.loop import train
 

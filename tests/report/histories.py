@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from ekiden.tokens.mixture import plan_mixture
+from ekiden.tokens.shares import plan_mixture
 
 BEGAN = 1_790_000_000.0
 LANGUAGES = ("dutch", "english", "hindi")

@@ -22,7 +22,7 @@ from ekiden.report.page import embed, packed_plotly, render
 from ekiden.report.reduce import reduce_curve
 from ekiden.report.sessions import count_samples
 from ekiden.report.writer import ReportWriter
-from ekiden.tokens.mixture import plan_mixture
+from ekiden.tokens.shares import plan_mixture
 
 sys.path.insert(0, str(Path(__file__).parent))
 from histories import write_run

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from ekiden.errors import UserError
 from ekiden.tokens.batches import Batches
-from ekiden.tokens.mixture import plan_mixture
+from ekiden.tokens.shares import plan_mixture
 
 LENGTH = 16
 TOKENS = {"english": 5_003, "hindi": 1_000, "konkani": 90, "dutch": 7}

@@ -16,7 +16,7 @@ from ekiden.progress import human_count
 from ekiden.tokenizer.train import train_tokenizer
 from ekiden.tokens.build import preprocess
 from ekiden.tokens.inspect import TEMPERATURES, inspect
-from ekiden.tokens.mixture import plan_mixture
+from ekiden.tokens.shares import plan_mixture
 from ekiden.tokens.worker import worker_processes
 
 

@@ -13,15 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ekiden.errors import UsageError, UserError
-from ekiden.tokens.mixture import (
-    BLOCK,
-    FLOOR_EPOCHS,
-    Mixture,
-    _raised,
-    final_shares,
-    permute,
-    plan_mixture,
-)
+from ekiden.tokens.mixture import BLOCK, Mixture, permute
+from ekiden.tokens.shares import FLOOR_EPOCHS, _raised, final_shares, plan_mixture
 
 AWKWARD = [
     1,

@@ -1,7 +1,7 @@
 """What a corpus consists of, and what a mixture would make of it: `ekiden corpus inspect`.
 
 A folder of token shards is told from its `dataset.json` at once (words are counted in a sample of its documents); a raw
-corpus is read as a whole by worker processes. Shares and epochs come from `mixture.plan_mixture`, so they are the ones
+corpus is read as a whole by worker processes. Shares and epochs come from `shares.plan_mixture`, so they are the ones
 that training would have.
 """
 
@@ -28,7 +28,7 @@ from ekiden.optional import check_installed, require
 from ekiden.progress import Progress, human_count, say
 from ekiden.tokenizer.load import Tokenizer, load_tokenizer
 from ekiden.tokens.format import TokenDataset
-from ekiden.tokens.mixture import plan_mixture
+from ekiden.tokens.shares import plan_mixture
 from ekiden.tokens.units import Unit, parse_count, plan_units
 from ekiden.tokens.worker import worker_processes
 

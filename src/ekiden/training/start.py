@@ -35,7 +35,8 @@ from ekiden.progress import human_count, say
 from ekiden.tokenizer.load import Tokenizer
 from ekiden.tokens.batches import Batches
 from ekiden.tokens.format import TokenDataset
-from ekiden.tokens.mixture import Mixture, final_shares, plan_mixture
+from ekiden.tokens.mixture import Mixture
+from ekiden.tokens.shares import final_shares, plan_mixture
 from ekiden.training.converted import restore_any
 from ekiden.training.exact import check_tree
 from ekiden.training.facts import environment, memory_savers, session_facts, sums_of

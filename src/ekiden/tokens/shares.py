@@ -1,0 +1,195 @@
+"""How often each language is read: from the languages' sizes and the user's wishes to the quotas of a `Mixture`.
+
+Asked once, at the start of a run (or to print a plan); what it answers is kept in the checkpoint with the order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from ekiden.errors import UsageError, UserError, nearest
+from ekiden.tokens.mixture import BLOCK, Mixture, apportion
+
+FLOOR_EPOCHS = 4.0
+"""Epochs over the whole run up to which a smallest share is filled: so often text is repeated nearly without loss
+(Muennighoff et al. 2023, arXiv:2305.16264)."""
+
+
+def plan_mixture(
+    tokens: Mapping[str, int],
+    length: int,
+    seed: int,
+    temperature: float = 0.5,
+    weights: Mapping[str, float] | None = None,
+    max_epochs: float | None = None,
+    total_samples: int | None = None,
+    final_temperature: float | None = None,
+    final_share: float = 0.0,
+    final_floor: float = 0.0,
+    final_weights: Mapping[str, float] | None = None,
+) -> Mixture:
+    """Return the mixture for languages of the given sizes.
+
+    Args:
+        tokens: training tokens of each language, all above 0.
+        length: tokens of a sample; seed: of the order.
+        temperature: a language with n tokens has the weight n ** temperature (Conneau et al. 2020,
+            arXiv:1911.02116): 1 takes the languages as they are, 0 makes them equal.
+        weights: explicit weights instead; a language that is not named, or with 0, is left out.
+        max_epochs: no language is repeated more often than this over `total_samples`, to within one sample a
+            block; what it gives up goes to the others in proportion.
+        total_samples: samples of the whole run, for `max_epochs` and `final_share`.
+        final_temperature: temperature of the last `final_share` of the run: below `temperature`, small languages are
+            read more while the learning rate falls, when what is read is kept best. None, or explicit weights: as
+            before.
+        final_floor: smallest share of a language in that last part; `final_shares` says more.
+        final_weights: explicit weights of that last part instead of both; a language that is not named has no part in it.
+
+    Raises:
+        UsageError: weights for a language that is not there, or none above 0; a value that is no weight.
+        UserError: the cap leaves too little text for the run, or there are too many languages.
+    """
+    assert tokens and min(tokens.values()) > 0 and length > 0
+    raw = (
+        _explicit(weights, tokens, "--language-weights") if weights else _by_temperature(tokens, temperature)
+    )
+    if len(raw) > BLOCK:
+        raise UserError(
+            f"the shards hold {len(raw)} languages, a mixture at most {BLOCK}; leave some out by "
+            "--language-weights"
+        )
+    sizes = {name: tokens[name] for name in raw}
+    if max_epochs is not None:
+        assert total_samples is not None and total_samples > 0
+        raw = _capped(raw, _texts(sizes, max_epochs), total_samples * length, max_epochs)
+    quotas = apportion(raw)
+    names = tuple(raw)
+    mixture = Mixture(
+        names, tuple(quotas[name] for name in names), tuple(tokens[name] for name in names), length, seed
+    )
+    if not 0 < final_share <= 1 or len(names) == 1:
+        return mixture
+    if not final_weights and (final_temperature is None or weights):
+        return mixture
+    assert total_samples is not None and total_samples > 0
+    first = round((1 - final_share) * total_samples)
+    shares = final_shares(
+        mixture, final_temperature or 0.0, first, total_samples, max_epochs, final_floor, final_weights
+    )
+    return mixture.ending_with(shares, first)
+
+
+def final_shares(
+    mixture: Mixture,
+    temperature: float,
+    first: int,
+    total_samples: int,
+    max_epochs: float | None = None,
+    floor: float = 0.0,
+    weights: Mapping[str, float] | None = None,
+) -> dict[str, float]:
+    """Return the shares of the samples from `first` to the end of a run of `total_samples`, by `temperature`.
+
+    Args:
+        max_epochs: of a language over the whole run, what was read before `first` included.
+        floor: no language has less than this (or than an equal share, where there are many), as long as its text is
+            read FLOOR_EPOCHS times at most; the others give it in proportion.
+        weights: explicit weights instead of temperature and floor; a language that is not named is read no more.
+
+    Raises:
+        UsageError: weights for a language that the run does not read.
+        UserError: the cap leaves too little text for the rest of the run.
+    """
+    sizes = dict(zip(mixture.languages, mixture.tokens))
+    shares = (
+        _explicit(weights, sizes, "--final-language-weights")
+        if weights
+        else _by_temperature(sizes, temperature)
+    )
+    read = mixture.samples_of(first)
+    if floor and not weights:
+        total = max(1, total_samples - first) * mixture.length
+        unread = {name: max(0.0, FLOOR_EPOCHS * n - read[name] * mixture.length) for name, n in sizes.items()}
+        shares = _raised(shares, {name: min(floor, n / total) for name, n in unread.items()})
+    if max_epochs is None:
+        return shares
+    left = {
+        name: max(0.0, count - read[name] * mixture.length)
+        for name, count in _texts(sizes, max_epochs).items()
+        if name in shares
+    }
+    return _capped(shares, left, max(1, total_samples - first) * mixture.length, max_epochs)
+
+
+def _texts(tokens: Mapping[str, int], max_epochs: float) -> dict[str, float]:
+    """Return the tokens that may be read of each language."""
+    if not max_epochs > 0:
+        raise UsageError(
+            f"--max-epochs-per-language must be above 0, not {max_epochs}; leave it out for no cap"
+        )
+    return {name: max_epochs * count for name, count in tokens.items()}
+
+
+def _by_temperature(tokens: Mapping[str, int], temperature: float) -> dict[str, float]:
+    """Return the weight of each language, by name; relative to the largest, so that no power overflows."""
+    if not 0 <= temperature < math.inf:
+        raise UsageError(
+            f"--temperature must be 0 (languages equal), 1 (as they are) or between, not {temperature}"
+        )
+    largest = max(tokens.values())
+    return {name: max((tokens[name] / largest) ** temperature, 1e-9) for name in sorted(tokens)}
+
+
+def _explicit(weights: Mapping[str, float], tokens: Mapping[str, int], flag: str) -> dict[str, float]:
+    """Return the given weights above 0, by name; `flag` is where they were given."""
+    for name, weight in weights.items():
+        if name not in tokens:
+            raise UsageError(
+                f"{flag} names {name!r}, of which there is no training text in the run{nearest(name, tokens)}"
+            )
+        if not 0 <= weight < math.inf:
+            raise UsageError(f"{flag} {name}={weight} is not a share; give 0 or a number above")
+    above = {name: float(weights[name]) for name in sorted(weights) if weights[name] > 0}
+    if not above:
+        raise UsageError(f"{flag} gives no language a share above 0; give at least one")
+    return above
+
+
+def _capped(
+    weights: dict[str, float], texts: dict[str, float], total: int, max_epochs: float
+) -> dict[str, float]:
+    """Return shares of `total` tokens, none above the tokens in `texts`; the others get the excess."""
+    caps = {name: count / total for name, count in texts.items()}
+    # A block of samples is the resolution of every share.
+    if sum(caps.values()) < 1 - len(caps) / BLOCK:
+        needed = math.ceil(100 * max_epochs * total / sum(texts.values())) / 100
+        raise UserError(
+            f"--max-epochs-per-language {max_epochs:g} leaves text for {sum(caps.values()):.1%} of the run's "
+            f"{total:,} tokens; raise it to {needed:g}, or lower --max-steps or --epochs"
+        )
+    shares = {name: weight / sum(weights.values()) for name, weight in weights.items()}
+    fixed: dict[str, float] = {}
+    while over := {name for name in shares if name not in fixed and shares[name] > caps[name] * (1 + 1e-12)}:
+        fixed |= {name: caps[name] for name in over}
+        rest = sum(weights[name] for name in shares if name not in fixed)
+        left = 1 - sum(fixed.values())
+        shares = {name: fixed[name] if name in fixed else left * weights[name] / rest for name in shares}
+    return shares
+
+
+def _raised(weights: dict[str, float], floors: dict[str, float]) -> dict[str, float]:
+    """Return shares in proportion to `weights`, but none below its floor, nor that above an equal share."""
+    floors = {name: min(floor, 1 / len(weights)) for name, floor in floors.items()}
+    fixed: dict[str, float] = {}
+    while True:
+        rest = sum(weight for name, weight in weights.items() if name not in fixed)
+        left = 1 - sum(fixed.values())
+        shares = {
+            name: fixed.get(name, left * weight / rest if rest else 0.0) for name, weight in weights.items()
+        }
+        # A floor that holds takes from the others, so that another may come to hold.
+        under = {name for name in shares if name not in fixed and shares[name] < floors[name] * (1 - 1e-12)}
+        if not under:
+            return shares
+        fixed |= {name: floors[name] for name in under}
