@@ -1,7 +1,7 @@
 """Ekiden's training step beside nanoGPT's model, Hugging Face's Trainer, and the least that any program has to compute.
 
     git clone https://github.com/karpathy/nanoGPT
-    pip install accelerate==1.14.0   # for transformers' Trainer
+    pip install accelerate==1.15.0   # for transformers' Trainer
     python benchmarks/step.py --model gpt2-10m --precision fp32 --nanogpt nanoGPT
 
 Each does the same kind of step (forward, backward, clipping to a norm of 1, fused AdamW in fp32) on the same shapes, each
@@ -9,24 +9,31 @@ in a process of its own with its own allocator settings. They take turns: in eac
 the others wait, and the fastest of all rounds counts, so that a busy machine is busy for all. Process CPU seconds are
 given beside it: they depend less on who else is there.
 
-* ekiden: `training.step`, the decoder compiled, prepared as `training.start` does. ekiden_eager: without torch.compile.
+* ekiden: `training.step`, the decoder compiled, prepared as `training.start` does, with its determinism. ekiden_eager:
+  without torch.compile.
 * nanogpt: `model.py` from --nanogpt, compiled, its loss, the same fused AdamW (its own choice on a CPU is slower).
 * hf: `transformers.Trainer` with TrainingArguments' defaults, sdpa; its own `train()`, from one step's end to the next
   one's, data loader included. hf_compiled: the same with `torch_compile`. hf_loop: the model and its loss without Trainer.
-* floor: the matrix products of every linear layer and of the head, forward and twice backward, and
-  scaled_dot_product_attention forward and backward, on the same shapes, and nothing else: no optimizer, no norms.
+* floor: the matrix products of every linear layer and of the head (1,024 rows at a time), forward and twice backward, into
+  memory that is there already, and the attention forward and backward, on the same shapes, and nothing else: no
+  optimizer, no norms. Layers with a window shorter than a sample attend as Ekiden's do, in chunks; all others causally.
 
-The last line printed is one JSON object; `tokens_per_s` is tokens / fastest wall seconds.
+The last line printed is one JSON object; `tokens_per_s` is tokens / fastest wall seconds. `peak_rss_bytes` is the most memory
+that the contender's process has had (Linux), libraries and compiler included. Long samples, of as many tokens a step:
+
+    python benchmarks/step.py --model gemma3-10m --batch-size 1 --set max_length=4096 --only ekiden,ekiden_eager,hf,hf_compiled
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import json
 import math
 import os
 import platform
+import resource
 import statistics
 import subprocess
 import sys
@@ -42,11 +49,19 @@ import torch.nn.functional as F
 import transformers
 
 from ekiden.config import TrainConfig, build_config
+from ekiden.modeling.attention import attend_in_chunks, choose_attention
 from ekiden.modeling.build import build_model, parameter_counts
-from ekiden.modeling.device import Precision, peak_flops, select_device, select_precision
+from ekiden.modeling.device import (
+    Precision,
+    configure_determinism,
+    peak_flops,
+    select_device,
+    select_precision,
+)
 from ekiden.modeling.flops import flops_per_token
 from ekiden.modeling.host_memory import keep_freed_memory
 from ekiden.modeling.prepare import prepare_model
+from ekiden.modeling.vector_math import settle_vector_math
 from ekiden.training.facts import cpu_name
 from ekiden.training.optimizer import build_optimizer
 from ekiden.training.step import accumulate_gradients, apply_update
@@ -113,8 +128,10 @@ class Setting:
 
 def ekiden_step(setting: Setting, compiled: bool) -> Step:
     """Return Ekiden's own step."""
+    configure_determinism(torch.get_num_threads())
     if setting.device.type == "cpu":
         keep_freed_memory()
+        settle_vector_math()
     model, config, scaler = setting.model(), setting.config, setting.scaler()
     config.compile = "on" if compiled else "off"
     if prepare_model(model, config, setting.device, setting.precision) != compiled:
@@ -233,24 +250,35 @@ def floor_step(setting: Setting) -> Step:
         kv = config.num_key_value_heads * head_dim
         block = [(width, heads * head_dim), (width, kv), (width, kv), (heads * head_dim, width)]
         block += [(width, inner), (width, inner), (inner, width)]
+    rows = setting.tokens
+    layers = [(rows, i, o, config.num_hidden_layers) for i, o in block]
+    layers.append((min(1024, rows), width, setting.vocab, -(-rows // 1024)))
+    random = functools.partial(torch.randn, device=device, dtype=dtype)
     products = [
-        tuple(
-            torch.randn(shape, device=device, dtype=dtype)
-            for shape in ((setting.tokens, i), (i, o), (setting.tokens, o))
-        )
-        for i, o in [*block, (width, setting.vocab)]
+        (random(n, i), random(i, o), random(n, o), random(n, i), random(i, o), times)
+        for n, i, o, times in layers
     ]
-    shape = (config.batch_size, heads, config.max_length, head_dim)
-    q, k, v = (torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
-    upstream = torch.randn(shape, device=device, dtype=dtype)
+    query = (config.batch_size, heads, config.max_length, head_dim)
+    groups = heads if gpt2 else config.num_key_value_heads
+    key = (config.batch_size, groups, config.max_length, head_dim)
+    q, k, v = (random(shape, requires_grad=True) for shape in (query, key, key))
+    upstream = random(query)
+    attention = choose_attention(config, device, setting.precision)
+    rest = attention.masks(setting.tensors()[0], dtype)["rest"]
 
     def step() -> float:
-        for index, (x, w, y) in enumerate(products):
-            for _ in range(1 if index == len(block) else config.num_hidden_layers):
-                x @ w, y @ w.T, x.T @ y
-        for _ in range(config.num_hidden_layers):
-            F.scaled_dot_product_attention(q, k, v, is_causal=True).backward(upstream)
-            q.grad = k.grad = v.grad = None
+        for x, w, y, x_gradient, w_gradient, times in products:
+            for _ in range(times):
+                torch.mm(x, w, out=y)
+                torch.mm(y, w.T, out=x_gradient)
+                torch.mm(x.T, y, out=w_gradient)
+        for layer in range(config.num_hidden_layers):
+            if rest is not None and (layer + 1) % 6:
+                made = attend_in_chunks(attention, q, k, v, config.sliding_window, None, rest, None)
+                torch.autograd.grad(made, (q, k, v), upstream.transpose(1, 2))
+                continue
+            made = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=groups != heads)
+            torch.autograd.grad(made, (q, k, v), upstream)
         return math.nan
 
     return step
@@ -277,7 +305,8 @@ def work(setting: Setting, options: argparse.Namespace) -> None:
             torch.cuda.synchronize(setting.device)
         if began:
             seconds, cpu = time.perf_counter() - began[0], time.process_time() - began[1]
-            print(json.dumps({"seconds": seconds, "cpu_seconds": cpu}), file=answers, flush=True)
+            figures = {"seconds": seconds, "cpu_seconds": cpu, "peak_rss_bytes": peak_rss()}
+            print(json.dumps(figures), file=answers, flush=True)
         line = sys.stdin.readline().strip()
         if line == "figures":
             rate = setting.tokens / float(sys.stdin.readline())
@@ -302,6 +331,11 @@ def work(setting: Setting, options: argparse.Namespace) -> None:
         loss = step()
         if math.isnan(loss) and options.worker != "floor":
             raise SystemExit(f"{options.worker}: the loss is not a number")
+
+
+def peak_rss() -> int:
+    """Return the most bytes this process has had in memory; ru_maxrss is in KiB on Linux."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 class Contender:
@@ -329,7 +363,7 @@ class Contender:
 
 
 def measure(contenders: list[Contender], rounds: int) -> dict[str, dict[str, float]]:
-    """Return each one's fastest and median wall seconds and least CPU seconds; the order turns from round to round."""
+    """Return each one's fastest and median wall seconds, least CPU seconds and most memory; who begins turns with the rounds."""
     taken: dict[str, list[dict[str, float]]] = {contender.name: [] for contender in contenders}
     for index in range(rounds):
         first = index % len(contenders)
@@ -340,6 +374,7 @@ def measure(contenders: list[Contender], rounds: int) -> dict[str, dict[str, flo
             "seconds": min(step["seconds"] for step in steps),
             "median_seconds": statistics.median(step["seconds"] for step in steps),
             "cpu_seconds": min(step["cpu_seconds"] for step in steps),
+            "peak_rss_bytes": steps[-1]["peak_rss_bytes"],
         }
         for name, steps in taken.items()
     }
@@ -412,7 +447,8 @@ def show(
     """Print a table, and one JSON object last."""
     for name, figure in figures.items():
         wall, median, cpu = figure["seconds"], figure["median_seconds"], figure["cpu_seconds"]
-        print(f"{name:<13} {wall:7.3f} s  {median:7.3f} s median  {cpu:7.3f} CPU s")
+        memory = figure["peak_rss_bytes"] / 1e6
+        print(f"{name:<13} {wall:7.3f} s  {median:7.3f} s median  {cpu:7.3f} CPU s  {memory:6.0f} MB")
     cuda = setting.device.type == "cuda"
     own = figures.get("ekiden", {})
     result: dict[str, Any] = {

@@ -205,7 +205,7 @@ def _forward(
     first = ekiden_masks["first"]
     rest = ekiden_masks["rest"]
     assert rest is not None
-    return _attend_in_chunks(attention, query, key, value, window, first, rest, scaling), None
+    return attend_in_chunks(attention, query, key, value, window, first, rest, scaling), None
 
 
 def _attend(
@@ -247,7 +247,7 @@ def run_kernel(
         )
 
 
-def _attend_in_chunks(
+def attend_in_chunks(
     attention: Attention,
     query: torch.Tensor,
     key: torch.Tensor,

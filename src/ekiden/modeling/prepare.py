@@ -1,4 +1,4 @@
-"""A model made ready for training: its attention, activations that are computed again, a compiled decoder where that works.
+"""A model made ready for training: attention, fast parts, activations computed again, a compiled decoder where that works.
 
 `training.start` calls `prepare_model` once, after the model has moved to its device.
 """
@@ -17,6 +17,7 @@ from ekiden.config_checks import AUTO
 from ekiden.modeling.attention import DOCUMENT_MASK, Attention, choose_attention, document_boundary, install
 from ekiden.modeling.build import blocks, body, hidden_states
 from ekiden.modeling.device import Precision
+from ekiden.modeling.fast_parts import install_fast_parts
 from ekiden.modeling.fp16 import protect_from_overflow
 from ekiden.progress import say
 
@@ -40,6 +41,7 @@ def prepare_model(
     if boundary is not None:
         setattr(model.config, DOCUMENT_MASK, True)  # for whoever evaluates what was trained
     install(model, attention or choose_attention(config, device, precision, boundary))
+    install_fast_parts(model)
     if precision.dtype == torch.float16:
         protect_from_overflow(model)
     if config.activation_checkpointing:
