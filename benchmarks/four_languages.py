@@ -61,6 +61,7 @@ def main() -> None:
         run = options.folder / preset
         train = ["train", preset, "--dataset-path", shards, "--output-dir", run, "--max-steps", options.steps]
         train += ["--num-threads", options.threads, "--temperature", options.temperature]
+        train += ["--small-language-share", 0]
         ekiden(*train, "--eval-tokens", 4000, "--eval-steps", 0, *PRESETS[preset])
         result = json.loads(
             ekiden("evaluate", run, "--dataset-path", shards, "--max-tokens", 20000, "--json")

@@ -51,8 +51,13 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 """Models of the comparison."""
 
-COMMON: dict[str, Any] = {"max_length": 256, "batch_size": 4, "temperature": 0.5, "final_share": 0.0}
-"""Settings of every recipe that does not change them."""
+COMMON: dict[str, Any] = {
+    "max_length": 256,
+    "batch_size": 4,
+    "temperature": 0.5,
+    "small_language_share": 0.0,
+}
+"""Settings of every recipe that does not change them: one mixture for all that compares how they learn."""
 
 RECIPES: dict[str, dict[str, Any]] = {
     "plan": {
@@ -98,8 +103,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "adamw-scaled": {"optimizer": "adamw"},
     "muon-huggingface": {"initialization": "huggingface"},
     # The same on other mixtures: as the languages are, and Ekiden's own.
-    "proportional": {"temperature": 1.0, "final_share": 0.0},
-    "mixed": {"temperature": 1.0, "final_temperature": 1.0, "final_share": 0.6, "final_min_share": 0.2},
+    "proportional": {"temperature": 1.0},
+    "mixed": {"temperature": 1.0, "small_language_share": 0.12},
 }
 """What each recipe sets."""
 
@@ -114,7 +119,7 @@ RATES = {
 }
 """Learning rate of AdamW where the recipe has one of its own: the best of those tried (docs/recipe.md)."""
 MATRIX_RATE = 0.02
-LENGTHS = {"plan": (1.0,), "default": (0.3, 0.5), "proportional": (0.6,), "mixed": (0.6,)}
+LENGTHS = {"plan": (1.0,), "default": (0.3, 0.5), "proportional": (1.2,), "mixed": (1.2,)}
 """Lengths of the runs that are done where none is given, as shares of the plan recipe's tokens."""
 
 

@@ -69,14 +69,15 @@ class TrainConfig:
     # The order of the data
     seed: int = 1337
     """Seed of the initial weights and of the order of the data."""
-    temperature: float = 0.5
+    temperature: float = 1.0
     """Mixture: a language with n tokens is drawn in proportion to n to this power (1: as they are, 0: equally)."""
-    final_temperature: float = 0.5
+    small_language_share: float = 0.12
+    """Part of its share that every language gives to the smallest ones, which are raised to one level, as long as their
+    text is read 4 times at most; 0: none."""
+    final_temperature: float = 1.0
     """The same for the last final_share of the run: below temperature, small languages are read more where it counts most."""
     final_share: float = 0.0
     """Share of the run, at its end, that final_temperature holds for; 0: none."""
-    final_min_share: float = 0.0
-    """Smallest share of a language in that last part, as long as its text is read 4 times at most; 0: none."""
     language_weights: dict[str, float] = field(default_factory=dict)
     """Explicit mixture instead of temperature, as name=share pairs: english=0.6,hindi=0.4. Others are left out."""
     final_language_weights: dict[str, float] = field(default_factory=dict)
@@ -242,6 +243,9 @@ RESUME_FREE = frozenset(
 only change together so that the global batch stays; `training.state` checks that. `dataset_path` may move, its
 fingerprint may not change."""
 
+DROPPED = frozenset({"final_min_share"})
+"""Settings that earlier versions wrote into `config.yaml`; they decided the order, which every checkpoint holds."""
+
 
 @functools.cache
 def field_help() -> dict[str, str]:
@@ -309,6 +313,8 @@ def parse_yaml(text: str, where: str) -> dict[str, Any]:
     for key_node, value_node in node.value:
         line = f"{where}:{key_node.start_mark.line + 1}"
         name = str(key_node.value)
+        if name in DROPPED:
+            continue
         if name not in field_types():
             raise UsageError(f"{line}: unknown setting {name!r}{nearest(name, field_types())}")
         if name in settings:

@@ -52,7 +52,7 @@ def validate(config: TrainConfig) -> TrainConfig:
         )
     if config.num_attention_heads % config.num_key_value_heads:
         raise UsageError("--num-attention-heads must be a multiple of --num-key-value-heads")
-    for name in ("decay_ratio", "final_share", "final_min_share", "min_learning_rate_ratio"):
+    for name in ("decay_ratio", "final_share", "small_language_share", "min_learning_rate_ratio"):
         if not 0 <= getattr(config, name) <= 1:
             raise UsageError(
                 f"--{name.replace('_', '-')} must be a share from 0 to 1, not {getattr(config, name)}"

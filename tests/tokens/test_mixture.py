@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from ekiden.errors import UsageError, UserError
 from ekiden.tokens.mixture import BLOCK, Mixture, permute
-from ekiden.tokens.shares import FLOOR_EPOCHS, _raised, final_shares, plan_mixture
+from ekiden.tokens.shares import GIFT_EPOCHS, _levelled, plan_mixture
 
 AWKWARD = [
     1,
@@ -543,39 +543,61 @@ def test_a_language_left_out_at_the_end_stays_readable_in_the_lines_and_the_cap(
         )
 
 
-# -- a smallest share at the end -------------------------------------------------------------------------------
+# -- a part of every share for the smallest languages ---------------------------------------------------------
 
 
-def test_a_smallest_share_is_taken_from_the_others_in_proportion():
-    sizes = {"large": 6_000_000, "middle": 3_000_000, "small": 100_000}
-    mixture = plan_mixture(sizes, 8, 0, 1.0)
-    shares = final_shares(mixture, 1.0, 1_000, 2_000, floor=0.1)
-    assert shares == pytest.approx({"large": 0.6, "middle": 0.3, "small": 0.1})
-    # The floor of one takes so much that another comes to need its own.
-    shares = final_shares(mixture, 1.0, 1_000, 2_000, floor=0.32)
-    assert shares == pytest.approx({"large": 0.36, "middle": 0.32, "small": 0.32})
-    assert final_shares(mixture, 1.0, 1_000, 2_000, floor=0.9) == pytest.approx(dict.fromkeys(sizes, 1 / 3))
+def test_the_smallest_languages_are_raised_to_one_level_by_all():
+    sizes = {"large": 6_000_000, "middle": 3_000_000, "small": 1_000_000}
+    with_text = {"length": 8, "seed": 0, "temperature": 1.0, "total_samples": 1_000}
+    shares = plan_mixture(sizes, small_share=0.1, **with_text).shares()
+    assert shares == pytest.approx({"large": 0.54, "middle": 0.27, "small": 0.19}, abs=1 / BLOCK)
+    # What the smallest is given reaches the next, which is raised with it.
+    shares = plan_mixture(sizes, small_share=0.3, **with_text).shares()
+    assert shares == pytest.approx({"large": 0.42, "middle": 0.29, "small": 0.29}, abs=1 / BLOCK)
+    equal = dict.fromkeys(sizes, 1 / 3)
+    assert plan_mixture(sizes, small_share=1.0, **with_text).shares() == pytest.approx(equal, abs=1 / BLOCK)
+    explicit = {"large": 1.0, "small": 1.0}
+    plain = plan_mixture(sizes, weights=explicit, **with_text)
+    assert plan_mixture(sizes, weights=explicit, small_share=0.3, **with_text) == plain
 
 
-def test_a_smallest_share_repeats_no_text_more_than_four_times():
+@pytest.mark.parametrize("final_share", [0.0, 0.5])
+def test_no_text_is_given_more_than_four_readings(final_share):
     sizes = {"large": 10_000_000, "small": 80_000}
     for total in (100, 10_000, 30_000, 100_000, 10_000_000):
         mixture = plan_mixture(
-            sizes, 8, 0, 1.0, total_samples=total, final_temperature=1.0, final_share=0.5, final_floor=0.2
+            sizes,
+            8,
+            0,
+            1.0,
+            total_samples=total,
+            final_temperature=1.0,
+            final_share=final_share,
+            small_share=0.2,
         )
         small = mixture.samples_of(total)["small"]
         proportional = plan_mixture(sizes, 8, 0, 1.0).samples_of(total)["small"]
-        assert small <= max(FLOOR_EPOCHS * 10_000, proportional) + total / BLOCK + 64
-        assert small > proportional or proportional >= FLOOR_EPOCHS * 10_000
+        assert small <= max(GIFT_EPOCHS * 10_000, proportional) + total / BLOCK + 64
+        assert small > proportional or proportional >= GIFT_EPOCHS * 10_000
 
 
 @given(
-    st.lists(st.floats(1e-9, 1), min_size=1, max_size=8), st.lists(st.floats(0, 1), min_size=8, max_size=8)
+    st.lists(st.floats(1e-9, 1), min_size=1, max_size=8),
+    st.floats(0, 1),
+    st.lists(st.floats(0, 2), min_size=8, max_size=8),
 )
-def test_raised_shares_are_shares_none_below_its_floor(weights, floors):
+def test_levelled_shares_are_shares_and_every_language_keeps_its_part(weights, part, most):
     names = [str(number) for number in range(len(weights))]
-    least = dict(zip(names, floors))
-    shares = _raised(dict(zip(names, weights)), least)
+    before = {name: weight / sum(weights) for name, weight in zip(names, weights)}
+    caps = dict(zip(names, most))
+    shares = _levelled(dict(zip(names, weights)), part, caps)
     assert sum(shares.values()) == pytest.approx(1)
-    for name, share in shares.items():
-        assert share >= min(least[name], 1 / len(names)) * (1 - 1e-9)
+    kept = {name: (1 - part) * share for name, share in before.items()}
+    assert all(shares[name] >= kept[name] - 1e-9 for name in names)
+    enough = sum(max(kept[name], caps[name]) for name in names) >= 1
+    raised = [name for name in names if shares[name] > kept[name] + 1e-9]
+    if enough:
+        assert all(shares[name] <= caps[name] + 1e-9 for name in raised)
+        level = max((shares[name] for name in raised), default=0.0)
+        # Raised less than to the level: its text is spent; not raised: it was above.
+        assert all(shares[name] >= min(level, caps[name]) - 1e-9 for name in names)

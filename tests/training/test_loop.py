@@ -134,7 +134,7 @@ def test_resume_says_that_it_is_bit_exact(
         ({"hidden_size": 64}, "--hidden-size 64"),
         ({"max_length": 16}, "--max-length 16"),
         ({"batch_size": 8}, "global batch of 8 samples, but this run began with 4"),
-        ({"temperature": 1.0}, "--temperature 1.0"),
+        ({"temperature": 0.5}, "--temperature 0.5"),
         ({"initialization": "huggingface"}, "--initialization huggingface"),
         ({"optimizer": "adamw"}, "--optimizer adamw"),
         ({"weight_decay": 0.0}, "--weight-decay 0.0"),
@@ -170,6 +170,23 @@ def test_a_run_from_before_a_part_of_the_recipe_goes_on_without_it(settings: Set
         changed_settings(saved, as_it_began(asked, saved))
     whole = dataclasses.asdict(config)
     assert as_it_began(config, whole) == config
+
+
+def test_a_run_from_before_a_part_was_given_to_small_languages_goes_on_with_its_own_mixture(
+    settings: Settings,
+) -> None:
+    today = settings(3)
+    saved = dataclasses.asdict(today) | {"temperature": 0.5, "final_temperature": 0.5, "final_min_share": 0.1}
+    del saved["small_language_share"]
+    goes_on = as_it_began(today, saved)
+    assert (goes_on.temperature, goes_on.small_language_share) == (0.5, 0.0)
+    assert changed_settings(saved, goes_on) == {}
+    own = settings(3, temperature=0.3)
+    assert as_it_began(own, saved | {"temperature": 0.3}) == dataclasses.replace(goes_on, temperature=0.3)
+    # What is asked for now and was not then is refused by name, as ever.
+    with pytest.raises(UserError, match=r"--temperature 0\.2 differs from the 0\.5"):
+        changed_settings(saved, as_it_began(settings(3, temperature=0.2), saved))
+    assert as_it_began(own, dataclasses.asdict(today)) == own
 
 
 def test_changes_that_may_be_made_are_recorded(settings: Settings, tmp_path: Path) -> None:

@@ -128,11 +128,13 @@ def test_every_preset_says_its_recipe_and_where_it_comes_from(preset: str) -> No
     assert "learning_rate=0.5 (preset: " in changed and "schedule=cosine (preset: wsd)" in changed
     adamw = "\n".join(describe_recipe(build_config(preset, optimizer="adamw", language_weights="a=1,b=2")))
     assert "AdamW at" in adamw and "as --language-weights says" in adamw
-    ends = "\n".join(describe_recipe(build_config(preset, final_share=0.6, final_min_share=0.2)))
-    assert "in the last 60%, none below 20%" in ends
+    changes = {"temperature": 1.0, "final_temperature": 0.2, "final_share": 0.6, "small_language_share": 0.2}
+    ends = "\n".join(describe_recipe(build_config(preset, **changes)))
+    given = "20% of it given to the smallest"
+    assert f"n^1, {given}; n^0.2, {given} in the last 60%" in ends
     own = build_config(preset, language_weights="a=1,b=2", final_language_weights="b=1", final_share=0.6)
     explicit = "\n".join(describe_recipe(own))
-    assert "as --language-weights says, as --final-language-weights says in the last 60%" in explicit
+    assert "as --language-weights says; as --final-language-weights says in the last 60%" in explicit
     with pytest.raises(UsageError, match="--final-language-weights needs --final-share"):
         build_config(preset, final_language_weights="b=1")
 

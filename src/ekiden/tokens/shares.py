@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from ekiden.errors import UsageError, UserError, nearest
 from ekiden.tokens.mixture import BLOCK, Mixture, apportion
 
-FLOOR_EPOCHS = 4.0
-"""Epochs over the whole run up to which a smallest share is filled: so often text is repeated nearly without loss
-(Muennighoff et al. 2023, arXiv:2305.16264)."""
+GIFT_EPOCHS = 4.0
+"""Epochs over the whole run up to which a small language is given of the others' share: so often text is repeated nearly
+without loss (Muennighoff et al. 2023, arXiv:2305.16264)."""
 
 
 def plan_mixture(
@@ -26,7 +26,7 @@ def plan_mixture(
     total_samples: int | None = None,
     final_temperature: float | None = None,
     final_share: float = 0.0,
-    final_floor: float = 0.0,
+    small_share: float = 0.0,
     final_weights: Mapping[str, float] | None = None,
 ) -> Mixture:
     """Return the mixture for languages of the given sizes.
@@ -39,11 +39,12 @@ def plan_mixture(
         weights: explicit weights instead; a language that is not named, or with 0, is left out.
         max_epochs: no language is repeated more often than this over `total_samples`, to within one sample a
             block; what it gives up goes to the others in proportion.
-        total_samples: samples of the whole run, for `max_epochs` and `final_share`.
+        total_samples: samples of the whole run, for `max_epochs`, `small_share` and `final_share`.
         final_temperature: temperature of the last `final_share` of the run: below `temperature`, small languages are
             read more while the learning rate falls, when what is read is kept best. None, or explicit weights: as
             before.
-        final_floor: smallest share of a language in that last part; `final_shares` says more.
+        small_share: every language gives this part of its share to the smallest ones, which are raised to one level, as
+            long as their text is read GIFT_EPOCHS times at most. Not with explicit weights.
         final_weights: explicit weights of that last part instead of both; a language that is not named has no part in it.
 
     Raises:
@@ -60,6 +61,9 @@ def plan_mixture(
             "--language-weights"
         )
     sizes = {name: tokens[name] for name in raw}
+    if small_share and not weights:
+        assert total_samples is not None and total_samples > 0
+        raw = _levelled(raw, small_share, _caps(_texts(sizes, GIFT_EPOCHS), total_samples * length))
     if max_epochs is not None:
         assert total_samples is not None and total_samples > 0
         raw = _capped(raw, _texts(sizes, max_epochs), total_samples * length, max_epochs)
@@ -75,7 +79,7 @@ def plan_mixture(
     assert total_samples is not None and total_samples > 0
     first = round((1 - final_share) * total_samples)
     shares = final_shares(
-        mixture, final_temperature or 0.0, first, total_samples, max_epochs, final_floor, final_weights
+        mixture, final_temperature or 0.0, first, total_samples, max_epochs, small_share, final_weights
     )
     return mixture.ending_with(shares, first)
 
@@ -86,16 +90,15 @@ def final_shares(
     first: int,
     total_samples: int,
     max_epochs: float | None = None,
-    floor: float = 0.0,
+    small_share: float = 0.0,
     weights: Mapping[str, float] | None = None,
 ) -> dict[str, float]:
     """Return the shares of the samples from `first` to the end of a run of `total_samples`, by `temperature`.
 
     Args:
         max_epochs: of a language over the whole run, what was read before `first` included.
-        floor: no language has less than this (or than an equal share, where there are many), as long as its text is
-            read FLOOR_EPOCHS times at most; the others give it in proportion.
-        weights: explicit weights instead of temperature and floor; a language that is not named is read no more.
+        small_share: as in `plan_mixture`.
+        weights: explicit weights instead of temperature and small_share; a language that is not named is read no more.
 
     Raises:
         UsageError: weights for a language that the run does not read.
@@ -107,28 +110,30 @@ def final_shares(
         if weights
         else _by_temperature(sizes, temperature)
     )
-    read = mixture.samples_of(first)
-    if floor and not weights:
-        total = max(1, total_samples - first) * mixture.length
-        unread = {name: max(0.0, FLOOR_EPOCHS * n - read[name] * mixture.length) for name, n in sizes.items()}
-        shares = _raised(shares, {name: min(floor, n / total) for name, n in unread.items()})
+    read = {name: count * mixture.length for name, count in mixture.samples_of(first).items()}
+    total = max(1, total_samples - first) * mixture.length
+    if small_share and not weights:
+        shares = _levelled(shares, small_share, _caps(_texts(sizes, GIFT_EPOCHS, read), total))
     if max_epochs is None:
         return shares
-    left = {
-        name: max(0.0, count - read[name] * mixture.length)
-        for name, count in _texts(sizes, max_epochs).items()
-        if name in shares
-    }
-    return _capped(shares, left, max(1, total_samples - first) * mixture.length, max_epochs)
+    left = {name: count for name, count in _texts(sizes, max_epochs, read).items() if name in shares}
+    return _capped(shares, left, total, max_epochs)
 
 
-def _texts(tokens: Mapping[str, int], max_epochs: float) -> dict[str, float]:
-    """Return the tokens that may be read of each language."""
+def _texts(
+    tokens: Mapping[str, int], max_epochs: float, read: Mapping[str, int] | None = None
+) -> dict[str, float]:
+    """Return the tokens that may be read of each language, after those in `read`."""
     if not max_epochs > 0:
         raise UsageError(
             f"--max-epochs-per-language must be above 0, not {max_epochs}; leave it out for no cap"
         )
-    return {name: max_epochs * count for name, count in tokens.items()}
+    return {name: max(0.0, max_epochs * n - (read[name] if read else 0)) for name, n in tokens.items()}
+
+
+def _caps(texts: Mapping[str, float], total: int) -> dict[str, float]:
+    """Return the largest share of `total` tokens that each language has text for."""
+    return {name: count / total for name, count in texts.items()}
 
 
 def _by_temperature(tokens: Mapping[str, int], temperature: float) -> dict[str, float]:
@@ -160,7 +165,7 @@ def _capped(
     weights: dict[str, float], texts: dict[str, float], total: int, max_epochs: float
 ) -> dict[str, float]:
     """Return shares of `total` tokens, none above the tokens in `texts`; the others get the excess."""
-    caps = {name: count / total for name, count in texts.items()}
+    caps = _caps(texts, total)
     # A block of samples is the resolution of every share.
     if sum(caps.values()) < 1 - len(caps) / BLOCK:
         needed = math.ceil(100 * max_epochs * total / sum(texts.values())) / 100
@@ -178,18 +183,24 @@ def _capped(
     return shares
 
 
-def _raised(weights: dict[str, float], floors: dict[str, float]) -> dict[str, float]:
-    """Return shares in proportion to `weights`, but none below its floor, nor that above an equal share."""
-    floors = {name: min(floor, 1 / len(weights)) for name, floor in floors.items()}
-    fixed: dict[str, float] = {}
-    while True:
-        rest = sum(weight for name, weight in weights.items() if name not in fixed)
-        left = 1 - sum(fixed.values())
-        shares = {
-            name: fixed.get(name, left * weight / rest if rest else 0.0) for name, weight in weights.items()
-        }
-        # A floor that holds takes from the others, so that another may come to hold.
-        under = {name for name in shares if name not in fixed and shares[name] < floors[name] * (1 - 1e-12)}
-        if not under:
-            return shares
-        fixed |= {name: floors[name] for name in under}
+def _levelled(weights: dict[str, float], part: float, caps: dict[str, float]) -> dict[str, float]:
+    """Return shares in proportion to `weights`, of which each gives `part` to the smallest: these are raised to one level,
+    but none above its cap. What no language can take stays where it came from.
+    """
+    shares = {name: weight / sum(weights.values()) for name, weight in weights.items()}
+    kept = {name: (1 - part) * share for name, share in shares.items()}
+    most = {name: max(share, caps[name]) for name, share in kept.items()}
+    low, level = 0.0, 1.0
+    for _ in range(60):  # the level's last bit
+        middle = (low + level) / 2
+        if sum(min(max(kept[name], middle), most[name]) for name in kept) < 1:
+            low = middle
+        else:
+            level = middle
+    raised = {name: min(max(kept[name], level), most[name]) for name in kept}
+    back = 1 - sum(raised.values())
+    givers = {name: share for name, share in shares.items() if kept[name] == raised[name]} or shares
+    return {
+        name: share + (back * givers[name] / sum(givers.values()) if name in givers else 0.0)
+        for name, share in raised.items()
+    }

@@ -10,7 +10,7 @@ from ekiden.config import TrainConfig, build_config
 SETTINGS = (
     "initialization optimizer learning_rate matrix_learning_rate muon_momentum muon_first_momentum "
     "muon_momentum_steps muon_even muon_first_beta1 beta1 beta2 adam_epsilon weight_decay schedule warmup_steps decay_ratio "
-    "min_learning_rate_ratio max_grad_norm temperature final_temperature final_share final_min_share "
+    "min_learning_rate_ratio max_grad_norm temperature final_temperature final_share small_language_share "
     "max_epochs_per_language language_weights final_language_weights"
 ).split()
 """The settings that make the recipe."""
@@ -31,17 +31,10 @@ def describe_recipe(config: TrainConfig) -> list[str]:
         schedule = f"constant, then a line over the last {config.decay_ratio:.0%} of the run"
     else:
         schedule = "half a cosine"
-    explicit = bool(config.language_weights)
-    mixture = "as --language-weights says" if explicit else f"n^{config.temperature:g}"
-    if config.final_share and config.final_language_weights:
-        mixture += f", as --final-language-weights says in the last {config.final_share:.0%}"
-    elif config.final_share and not explicit:
-        mixture += f", n^{config.final_temperature:g} in the last {config.final_share:.0%}"
-        if config.final_min_share:
-            mixture += f", none below {config.final_min_share:.0%}"
     lines = [
         f"recipe: {config.initialization} initialisation; {optimizer}",
-        f"  learning rate: {schedule}, down to {config.min_learning_rate_ratio:.0%} of the peak; languages: {mixture}",
+        f"  learning rate: {schedule}, down to {config.min_learning_rate_ratio:.0%} of the peak",
+        f"  languages: {describe_mixture(config)}",
     ]
     changed = changed_from_preset(config)
     if changed:
@@ -49,6 +42,22 @@ def describe_recipe(config: TrainConfig) -> list[str]:
     else:
         lines.append(f"  {SOURCE}")
     return lines
+
+
+def describe_mixture(config: TrainConfig) -> str:
+    """Return in words what decides the shares of the languages."""
+    to_small = f", {config.small_language_share:.0%} of it given to the smallest"
+    powers = {value: f"n^{value:g}" for value in (config.temperature, config.final_temperature)}
+    if config.small_language_share:
+        powers = {value: text + to_small for value, text in powers.items()}
+    mixture = "as --language-weights says" if config.language_weights else powers[config.temperature]
+    if not config.final_share:
+        return mixture
+    if config.final_language_weights:
+        return f"{mixture}; as --final-language-weights says in the last {config.final_share:.0%}"
+    if config.language_weights:
+        return mixture
+    return f"{mixture}; {powers[config.final_temperature]} in the last {config.final_share:.0%}"
 
 
 def changed_from_preset(config: TrainConfig) -> list[str]:

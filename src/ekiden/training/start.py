@@ -236,7 +236,7 @@ def begin_decay(state: TrainingState, source: dict[str, Any], dataset: TokenData
             first,
             total,
             config.max_epochs_per_language or None,
-            config.final_min_share,
+            config.small_language_share,
             config.final_language_weights or None,
         )
         state.mixture = state.mixture.ending_with(shares, first)
@@ -285,7 +285,7 @@ def fresh_mixture(config: TrainConfig, dataset: TokenDataset, global_batch: int)
         total_samples=steps * global_batch,
         final_temperature=config.final_temperature,
         final_share=config.final_share,
-        final_floor=config.final_min_share,
+        small_share=config.small_language_share,
         final_weights=config.final_language_weights or None,
     )
 

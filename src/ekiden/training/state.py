@@ -257,8 +257,11 @@ def load_weights(model: nn.Module, tensors: TensorDict, where: str) -> None:
 SINCE: dict[str, Callable[[dict[str, Any]], Any]] = {
     "muon_even": lambda saved: False,
     "muon_first_beta1": lambda saved: saved["beta1"],
+    "small_language_share": lambda saved: 0.0,
 }
 """What a run did before a setting existed, where its default does something else."""
+OTHER_DEFAULT = {"temperature": "small_language_share", "final_temperature": "small_language_share"}
+"""Settings whose default changed when another setting came."""
 
 
 def settings_then(saved: dict[str, Any]) -> dict[str, Any]:
@@ -268,14 +271,15 @@ def settings_then(saved: dict[str, Any]) -> dict[str, Any]:
 
 
 def as_it_began(config: TrainConfig, saved: dict[str, Any]) -> TrainConfig:
-    """Return `config`, but a setting that came after the run began, and was not given, as the run has it."""
+    """Return `config`, but a setting whose default came after the run began, and was not given, as the run has it."""
     then, default = settings_then(saved), TrainConfig()
+    later = {name: name for name in SINCE} | OTHER_DEFAULT
     return dataclasses.replace(
         config,
         **{
             name: then[name]
-            for name in SINCE
-            if name not in saved and getattr(config, name) == getattr(default, name)
+            for name, came_with in later.items()
+            if came_with not in saved and getattr(config, name) == getattr(default, name)
         },
     )
 
