@@ -8,10 +8,11 @@ Any `concurrent.futures` executor whose workers see the output folder and the co
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -31,6 +32,7 @@ from ekiden.tokens.exact import Differs, NotProvable
 from ekiden.tokens.format import SPLITS, Shard, Split, TokenDataset, dump_description
 from ekiden.tokens.output_folder import (
     RECEIPTS,
+    TOKENIZER,
     finished_build,
     locked,
     number_shard,
@@ -46,7 +48,7 @@ from ekiden.tokens.units import (
     sampled_texts,
     test_splits,
 )
-from ekiden.tokens.worker import build_unit, worker_processes
+from ekiden.tokens.worker import build_unit, worker_cache, worker_processes
 
 POLL_SECONDS = 0.5
 
@@ -84,10 +86,7 @@ def preprocess(
     Raises:
         UserError: corpus or tokenizer are missing, the folder holds another build, the disk is full, a worker died.
     """
-    if not 0 <= test_split < 1:
-        raise UsageError(f"--test-split must be a share of the documents from 0 to below 1, not {test_split}")
-    if num_proc is not None and num_proc < 1:
-        raise UsageError(f"--num-proc must be at least 1 worker process, not {num_proc}")
+    check_numbers(test_split, num_proc)
     cleaning = Cleaning(dedupe, min_length, nfc)
     folder = Path(output_dir)
     if scheduler is not None:  # whose workers are in other folders
@@ -97,7 +96,7 @@ def preprocess(
     loaded = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
     units = plan_units(sources)
     paths = {file.path for found in sources.values() for file in found}
-    try:
+    with told_as_user_error(folder, paths):
         keep = keep_fraction(dataset_size, units, loaded, txt_documents)
         settings = Settings(test_splits(sources, test_split), keep, txt_documents, cleaning)
         identity = identity_of(sources, loaded, settings)
@@ -107,11 +106,31 @@ def preprocess(
             if (folder / "dataset.json").exists():
                 return finished_build(folder, identity)
             prepare_folder(folder, identity, units, loaded)
-            with worker_pool(len(units), num_proc, scheduler, executor, folder, sorted(paths)[:1]) as pool:
+            first = functools.partial(worker_cache, folder / TOKENIZER, loaded.sha256)
+            with worker_pool(len(units), num_proc, scheduler, executor, folder, min(paths), first) as pool:
                 settings = build_all(units, loaded, settings, folder, pool)
             return finish(units, loaded, settings, folder)
+
+
+def check_numbers(test_split: float, num_proc: int | None) -> None:
+    """Raise UsageError where a number makes no build."""
+    if not 0 <= test_split < 1:
+        raise UsageError(f"--test-split must be a share of the documents from 0 to below 1, not {test_split}")
+    if num_proc is not None and num_proc < 1:
+        raise UsageError(f"--num-proc must be at least 1 worker process, not {num_proc}")
+
+
+@contextlib.contextmanager
+def told_as_user_error(folder: Path, corpus: set[str]) -> Iterator[None]:
+    """Turn what reading the corpus or writing the shards raised into a sentence.
+
+    Raises:
+        UserError: instead of OSError.
+    """
+    try:
+        yield
     except OSError as error:
-        if error.filename and str(error.filename) in paths:
+        if error.filename and str(error.filename) in corpus:
             raise UserError(
                 f"corpus file {error.filename} could not be read ({error.strerror}); mend it and run the same command again"
             ) from None
@@ -128,9 +147,11 @@ def worker_pool(
     scheduler: str | None,
     executor: Executor | None,
     folder: Path,
-    corpus: list[str],
+    file: str,
+    first: Callable[[], object],
 ) -> Iterator[Executor]:
-    """Yield what runs the units: `executor`, a Dask cluster, or at most `most` worker processes.
+    """Yield what runs the units: `executor`, a Dask cluster that sees the folder and a file of the corpus, or at most
+    `most` worker processes, which begin with `first`.
 
     Raises:
         UserError: a worker process died.
@@ -139,10 +160,10 @@ def worker_pool(
         yield executor
         return
     if scheduler is not None:
-        with dask_executor(scheduler, folder, corpus) as executor:
+        with dask_executor(scheduler, folder, [file]) as executor:
             yield executor
         return
-    with worker_processes(most, num_proc, ", finished shards are kept") as executor:
+    with worker_processes(most, num_proc, ", finished shards are kept", first) as executor:
         yield executor
 
 

@@ -13,7 +13,7 @@ import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
@@ -47,10 +47,13 @@ NOTE_SECONDS = 0.5
 """Between two notes of how far a unit is, which the build's progress shows."""
 
 
-def start_worker() -> None:
+def start_worker(first: Callable[[], object] | None = None) -> None:
     """Prepare a worker process: one thread for each, and it ends when the build is killed.
 
     The pool's workers would otherwise wait for ever, and write beside those of the next build.
+
+    Args:
+        first: called before there is work; what it raises shows again when the work needs it.
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     parent = multiprocessing.parent_process()
@@ -61,14 +64,20 @@ def start_worker() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+    if first is not None:
+        with contextlib.suppress(Exception):
+            first()
 
 
 @contextlib.contextmanager
-def worker_processes(most: int, num_proc: int | None, kept: str = "") -> Iterator[Executor]:
+def worker_processes(
+    most: int, num_proc: int | None, kept: str = "", first: Callable[[], object] | None = None
+) -> Iterator[Executor]:
     """Yield `num_proc` worker processes (None: one a core), at most `most`.
 
     Args:
         kept: what a second run of the command need not do again, to stand in the sentence.
+        first: called in every worker before there is work.
 
     Raises:
         UserError: one of them died.
@@ -76,9 +85,11 @@ def worker_processes(most: int, num_proc: int | None, kept: str = "") -> Iterato
     workers = max(1, min(num_proc or len(os.sched_getaffinity(0)), most))
     # spawn: a forked worker would inherit locks of threads that it does not have.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker, initargs=(first,))
     try:
-        pool.submit(os.getpid)  # starts them all: half a second of imports, while the caller goes on
+        pool.submit(
+            os.getpid
+        )  # starts them all: half a second of imports and `first`, while the caller goes on
         yield pool
     except BrokenProcessPool:
         raise UserError(
