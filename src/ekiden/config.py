@@ -63,8 +63,9 @@ class TrainConfig:
     """Tokens in one sample, and the context length the model is trained for."""
     document_mask: bool = False
     """Tokens attend to their own document only, where a sample holds parts of several; positions run on."""
-    initialization: Literal["huggingface", "scaled"] = "scaled"
-    """Weights at step 0: transformers' own, or scaled so that every block starts quiet beside the residual stream."""
+    initialization: Literal["huggingface", "scaled", "unigram"] = "unigram"
+    """Weights at step 0: transformers' own; scaled so that every block starts quiet beside the residual stream; or unigram:
+    scaled, and GPT-2 predicts how frequent each token is (Gemma 3: as scaled)."""
 
     # The order of the data
     seed: int = 1337

@@ -170,6 +170,7 @@ def test_a_run_from_before_a_part_of_the_recipe_goes_on_without_it(settings: Set
         changed_settings(saved, as_it_began(asked, saved))
     whole = dataclasses.asdict(config)
     assert as_it_began(config, whole) == config
+    assert as_it_began(config, {**saved, "initialization": "scaled"}).initialization == "scaled"
 
 
 def test_a_run_from_before_a_part_was_given_to_small_languages_goes_on_with_its_own_mixture(

@@ -8,10 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from ekiden.config import TrainConfig, build_config, preset_names
 from ekiden.errors import UsageError, UserError
+from ekiden.tokens.format import TokenDataset
+from ekiden.tokens.mixture import Mixture
+from ekiden.tokens.unigram import unigram_probabilities
 from ekiden.training.history import read_history
 from ekiden.training.loop import train
 from ekiden.training.optimizer import learning_rate, momenta
@@ -147,3 +151,20 @@ def test_the_recipes_settings_are_settings() -> None:
 def test_train_prints_the_recipe(settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:
     train(settings(1))
     assert "recipe: " in capsys.readouterr().err
+
+
+def test_a_fresh_run_begins_with_the_frequencies_of_its_shards(settings: Settings, tmp_path: Path) -> None:
+    """GPT-2's first loss beside the cross-entropy of the counts; without them a tied model predicts its own input."""
+    first = {}
+    for start in ("unigram", "scaled"):
+        config = settings(
+            1, "gpt2-10m", output_dir=tmp_path / start, initialization=start, log_steps=1, hidden_size=64
+        )
+        train(config)
+        records = read_history(tmp_path / start / "history.jsonl")
+        first[start] = next(record["loss"] for record in records if record["kind"] == "train")
+    dataset = TokenDataset.open(config.dataset_path)
+    mixture = Mixture.from_dict(state_of(tmp_path / "unigram", 1)["mixture"])
+    counted = unigram_probabilities(dataset, mixture)
+    entropy = -float((counted * np.log(counted)).sum())
+    assert abs(first["unigram"] - entropy) < 0.5 < first["scaled"] - entropy

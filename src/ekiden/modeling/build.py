@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GPT2Config, GPT2LMHeadModel, PreTrainedModel
@@ -83,18 +84,24 @@ def build_model(
     bos_id: int | None,
     eos_id: int | None,
     seed: int,
+    unigrams: np.ndarray | None = None,
 ) -> PreTrainedModel:
-    """Return the model on the CPU in fp32, its weights a function of `seed` alone.
+    """Return the model on the CPU in fp32, its weights a function of `seed` (and `unigrams`) alone.
 
     Drawn on the CPU on every machine: a GPU's random numbers differ from a CPU's.
+
+    Args:
+        unigrams: probability of each token, all above 0, that `initialization: unigram` begins with; None: as `scaled`.
     """
     settings = model_config(config, vocab_size, pad_id, bos_id, eos_id)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         family: Any = GPT2LMHeadModel if config.model_type == "gpt2" else Gemma3ForCausalLM
         model: PreTrainedModel = family(settings)
-        if config.initialization == "scaled":
+        if config.initialization != "huggingface":
             quieten_residual_branches(model, pad_id)
+        if config.initialization == "unigram" and unigrams is not None:
+            predict_unigrams(model, torch.from_numpy(np.log(unigrams)).float())
     return model.float().train()
 
 
@@ -124,6 +131,32 @@ def quieten_residual_branches(model: PreTrainedModel, pad_id: int | None) -> Non
             norm.weight.fill_(1 / math.sqrt(2 * len(layers)) - 1)  # type: ignore[arg-type]
     if pad_id is not None:
         embedding[pad_id].zero_()
+
+
+FIRST_GAIN = 0.3
+"""Of GPT-2's last norm at step 0, where it begins with unigram probabilities."""
+
+
+@torch.no_grad()
+def predict_unigrams(model: PreTrainedModel, logs: torch.Tensor) -> None:
+    """Let GPT-2 predict at step 0 what it would otherwise spend its first steps on: how frequent each token is.
+
+    The last norm puts 1 into the first unit, whatever comes in, and the embedding holds log p there (less its mean), which
+    the tied output reads. The other units begin at FIRST_GAIN of their size: a tied model whose blocks are the identity
+    would predict its own input, 6 nats above the unigrams' entropy. Gemma 3, whose last norm has no bias, is left as it is.
+
+    Args:
+        logs: natural logarithm of each token's probability, [vocabulary].
+    """
+    if not isinstance(model, GPT2LMHeadModel):
+        return
+    decoder, embedding = body(model), head_weight(model)
+    norm: Any = decoder.ln_f
+    embedding[:, 0] = logs - (logs.exp() * logs).sum()
+    decoder.wpe.weight[:, 0] = 0.0  # type: ignore[union-attr,index,operator]
+    norm.weight.fill_(FIRST_GAIN)
+    norm.weight[0] = 0.0
+    norm.bias[0] = 1.0
 
 
 def body(model: nn.Module) -> nn.Module:

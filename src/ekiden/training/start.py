@@ -12,6 +12,7 @@ import uuid
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -37,6 +38,7 @@ from ekiden.tokens.batches import Batches
 from ekiden.tokens.format import TokenDataset
 from ekiden.tokens.mixture import Mixture
 from ekiden.tokens.shares import final_shares, plan_mixture
+from ekiden.tokens.unigram import unigram_probabilities
 from ekiden.training.converted import restore_any
 from ekiden.training.exact import check_tree
 from ekiden.training.facts import environment, memory_savers, session_facts, sums_of
@@ -94,7 +96,10 @@ def prepare(config: TrainConfig, run: RunDirectory, ranks: Ranks | None = None) 
         config = as_it_began(config, saved["config"])
     changed = changed_settings(saved["config"], config) if saved else {}
     mixture, global_batch = order_of_samples(config, dataset, saved, ranks)
-    model, sharded, compiled = place_model(config, tokenizer, device, precision, ranks)
+    unigrams = None
+    if saved is None and config.initialization == "unigram":
+        unigrams = unigram_probabilities(dataset, mixture)
+    model, sharded, compiled = place_model(config, tokenizer, device, precision, ranks, unigrams)
     identity["run_id"] = ranks.from_main(
         (saved["identity"].get("run_id") if saved else None) or uuid.uuid4().hex
     )
@@ -187,7 +192,12 @@ def order_of_samples(
 
 
 def place_model(
-    config: TrainConfig, tokenizer: Tokenizer, device: torch.device, precision: Precision, ranks: Ranks
+    config: TrainConfig,
+    tokenizer: Tokenizer,
+    device: torch.device,
+    precision: Precision,
+    ranks: Ranks,
+    unigrams: np.ndarray | None,
 ) -> tuple[PreTrainedModel, bool, bool]:
     """Return a new model, whether its state is to be sharded (it is on the CPU then), and whether it is compiled."""
     model = build_model(
@@ -197,6 +207,7 @@ def place_model(
         bos_id=tokenizer.bos_id,
         eos_id=tokenizer.eos_id,
         seed=config.seed,
+        unigrams=unigrams,
     )
     sharded = wants_shards(config, ranks, sum(p.numel() for p in model.parameters()), device)
     if not sharded:

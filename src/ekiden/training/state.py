@@ -260,7 +260,11 @@ SINCE: dict[str, Callable[[dict[str, Any]], Any]] = {
     "small_language_share": lambda saved: 0.0,
 }
 """What a run did before a setting existed, where its default does something else."""
-OTHER_DEFAULT = {"temperature": "small_language_share", "final_temperature": "small_language_share"}
+OTHER_DEFAULT = {
+    "temperature": "small_language_share",
+    "final_temperature": "small_language_share",
+    "initialization": "muon_even",
+}
 """Settings whose default changed when another setting came."""
 
 
