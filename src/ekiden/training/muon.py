@@ -9,7 +9,6 @@ nothing without asking the host.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -96,14 +95,14 @@ def even_out(matrices: torch.Tensor) -> torch.Tensor:
     """Return matrices [n, A, B] with all vectors along the longer side made as long as one another, the whole as long as before.
 
     An orthogonal matrix that is not square has vectors of length 1 along its shorter side only: along the other, some
-    units of a feed-forward layer would move ten times as far as others. What Li et al. 2025 (NorMuon, arXiv:2510.05491)
-    do with a running mean of those lengths, of this step's alone: nothing to keep.
+    units of a feed-forward layer would move ten times as far as others. (A square one has rows of length 1 only where
+    no singular value was too small to be raised.) What Li et al. 2025 (NorMuon, arXiv:2510.05491) do with a running mean
+    of those lengths, of this step's alone: nothing to keep.
     """
-    rows, columns = matrices.shape[-2:]
-    if rows == columns:
-        return matrices
-    lengths = torch.linalg.vector_norm(matrices, dim=-1 if rows > columns else -2, keepdim=True)
-    return matrices / lengths.clamp_min(1e-5) * math.sqrt(min(rows, columns) / max(rows, columns))
+    along = -1 if matrices.shape[-2] >= matrices.shape[-1] else -2
+    even = matrices / torch.linalg.vector_norm(matrices, dim=along, keepdim=True).clamp_min(1e-5)
+    before, after = (torch.linalg.vector_norm(m, dim=(-2, -1), keepdim=True) for m in (matrices, even))
+    return even * (before / after.clamp_min(1e-5))
 
 
 class Muon(torch.optim.Optimizer):
