@@ -33,7 +33,8 @@ def scheduler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         [sys.executable, *command, "--scheduler-file", str(file)], stderr=subprocess.DEVNULL, cwd=folder
     )
     try:
-        while not file.exists():
+        # There, and written to the end.
+        while not file.exists() or not file.read_text().rstrip().endswith("}"):
             assert process.poll() is None
             time.sleep(0.05)
         yield json.loads(file.read_text())["address"]
