@@ -28,6 +28,7 @@ from ekiden.kaggle import session as session_steps
 from ekiden.kaggle.inputs import PACK_MANIFEST
 from ekiden.kaggle.launcher import MAX_BYTES, packed_package, render
 from ekiden.kaggle.session import Ended
+from ekiden.tokens.kernel import SOURCES
 from ekiden.training.history import read_history
 
 ROOT = Path(__file__).parents[2]
@@ -111,7 +112,8 @@ def test_the_package_that_travels_is_whole(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", source], env=environment, capture_output=True, text=True, check=True
     )
-    assert (tmp_path / "package" / "ekiden" / "tokens" / "kernel.c").is_file()
+    native = tmp_path / "package" / "ekiden" / "tokens" / "native"
+    assert {path.name for path in native.iterdir()} == {path.name for path in SOURCES}
     assert done.stdout.split() == [str(tmp_path / "package" / "ekiden" / "config.py"), *preset_names()]
     assert len(render({}).encode()) < MAX_BYTES
 

@@ -41,7 +41,7 @@ def packed_package() -> str:
     root = Path(str(resources.files("ekiden")))
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_LZMA) as archive:
         for path in sorted(root.rglob("*")):
-            if path.suffix in (".py", ".yaml", ".c"):
+            if path.suffix in (".py", ".yaml", ".c", ".h"):
                 name = str(Path("ekiden") / path.relative_to(root))
                 archive.writestr(zipfile.ZipInfo(name), path.read_bytes(), zipfile.ZIP_LZMA)
     return base64.b85encode(buffer.getvalue()).decode()
