@@ -22,7 +22,7 @@ from ekiden.modeling.loss import chunked_cross_entropy
 
 
 def measure(kind: str, vocab: int, tokens: int, width: int, dtype: torch.dtype) -> dict[str, float]:
-    """Return the peak bytes above inputs and gradients, seconds, and the mean loss in nats of one pass."""
+    """Return the peak bytes above inputs and gradients, wall and CPU seconds, and the mean loss in nats of one pass."""
     numbers = torch.Generator().manual_seed(0)
     hidden = torch.randn(tokens, width, generator=numbers).to(dtype).requires_grad_()
     weight = (torch.randn(vocab, width, generator=numbers) * 0.05).to(dtype).requires_grad_()
@@ -33,12 +33,13 @@ def measure(kind: str, vocab: int, tokens: int, width: int, dtype: torch.dtype) 
     loss_of(hidden[:64].detach().requires_grad_(), small, targets[:64] % 512).backward()
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = peak_bytes()
-    began = time.perf_counter()
+    began, cpu_began = time.perf_counter(), time.process_time()
     loss = loss_of(hidden, weight, targets) / tokens
     loss.backward()
-    seconds = time.perf_counter() - began
+    seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu_began
     gradients = sum(t.grad.numel() * t.grad.element_size() for t in (hidden, weight) if t.grad is not None)
-    return {"peak_bytes": peak_bytes() - before - gradients, "seconds": seconds, "loss": loss.item()}
+    peak = peak_bytes() - before - gradients
+    return {"peak_bytes": peak, "seconds": seconds, "cpu_seconds": cpu_seconds, "loss": loss.item()}
 
 
 def plain_cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ from ekiden.config import TrainConfig, build_config
 from ekiden.errors import UsageError, UserError
 from ekiden.modeling.flops import flops_per_token
 from ekiden.planning.devices import GIB, NAMES, PARALLEL_SHARE, find_machine
-from ekiden.planning.plan import make_plan
+from ekiden.planning.plan import make_plan, remembering
 from ekiden.planning.trace import Peak
 
 
@@ -152,3 +152,24 @@ def test_the_verb() -> None:
     assert refused.exit_code == 2 and "whole number such as" in refused.output
     with pytest.raises(UsageError, match="--vocab-size 1 is too small"):
         CliRunner().invoke(cli, ["plan", "gpt2-10m", "--vocab-size", "1"], catch_exceptions=False)
+
+
+def test_the_same_step_is_traced_once() -> None:
+    traced = 0
+
+    def counted(config: TrainConfig, vocab_size: int, precision: object, microbatch: int) -> Peak:
+        nonlocal traced
+        traced += 1
+        return tracer(config, vocab_size, precision, microbatch)
+
+    once = remembering(counted)
+
+    def traces(device: str, vocab_size: int = 20_000, **more: object) -> int:
+        before = traced
+        make_plan(build_config("gemma3-1b", batch_size=1, **more), vocab_size, device, tracer=once)
+        return traced - before
+
+    assert traces("h100") == 1
+    assert traces("a100") == traces("h100", gradient_accumulation_steps=4) == 0
+    assert traces("t4") > 0, "another precision"
+    assert traces("h100", activation_checkpointing=True) == traces("h100", vocab_size=30_000) == 1

@@ -105,7 +105,7 @@ class _Chunks:
         """Yield slices of rows and their logits [n, V], all in the same memory, which is the caller's to change."""
         count = self.hidden.shape[0]
         memory = self.hidden.new_empty((min(self.rows, count), self.weight.shape[0]))
-        for part in _slices(count, self.rows):
+        for part in _slices(count, self.rows, self.hidden):
             yield part, torch.mm(self.hidden[part], self.weight.T, out=memory[: part.stop - part.start])
 
 
@@ -142,7 +142,7 @@ def softmax_minus_target(
             then. Without, the logits are lost all the same.
     """
     losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
-    for part in _slices(logits.shape[0], _block_rows(logits)):
+    for part in _slices(logits.shape[0], _block_rows(logits), logits):
         block = logits[part].float()  # the logits themselves, where they are fp32
         index = targets[part].clamp(min=0).unsqueeze(1)
         torch.log_softmax(block, dim=-1, out=block)
@@ -160,15 +160,15 @@ def softmax_minus_target(
 def _block_rows(logits: torch.Tensor) -> int:
     """Return how many rows go through the softmax together; each row's figures are the same with any number."""
     rows, vocab = logits.shape
-    if logits.device.type != "cpu" or isinstance(
-        logits, FakeTensor
-    ):  # where a plan counts bytes, and every call costs
+    if logits.device.type != "cpu" or isinstance(logits, FakeTensor):  # where every call costs
         return max(BLOCK_ROWS, -(-rows // 8))
     return max(BLOCK_ROWS, 2 * torch.get_num_threads(), BLOCK_BYTES // (4 * vocab))
 
 
-def _slices(rows: int, size: int) -> list[slice]:
-    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+def _slices(rows: int, size: int, of: torch.Tensor) -> list[slice]:
+    """Return slices of `size` that cover `rows`; where a plan counts the bytes of one, the first, second and last are all."""
+    found = [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+    return [*found[:2], found[-1]] if isinstance(of, FakeTensor) and len(found) > 3 else found
 
 
 def chunk_rows_for(vocab_size: int, most: int) -> int:

@@ -274,10 +274,26 @@ def plans(
         vocab_size = TokenDataset.open(config.dataset_path).tokenizer().vocab_size
     if vocab_size is not None and vocab_size < 3:
         raise UsageError(f"--vocab-size {vocab_size} is too small; give the number of a tokenizer's pieces")
+    tracer = remembering(traced_peak)
     for index, device in enumerate(devices):
-        made = make_plan(config, vocab_size or DEFAULT_VOCABULARY, device, tokens, room)
+        made = make_plan(config, vocab_size or DEFAULT_VOCABULARY, device, tokens, room, tracer)
         made.says_recipe = index == 0
         yield made
+
+
+def remembering(tracer: Tracer) -> Tracer:
+    """Return `tracer`, tracing the same step once: devices of one precision differ in what they have, not in what it takes."""
+    known: dict[tuple[str, int, str, int], Peak] = {}
+
+    def trace(config: TrainConfig, vocab_size: int, precision: Precision, microbatch: int) -> Peak:
+        # The trace takes the microbatch it is told, and accumulates two whatever the settings say.
+        alike = dataclasses.replace(config, batch_size=microbatch, gradient_accumulation_steps=1)
+        key = repr(alike), vocab_size, precision.name, microbatch
+        if key not in known:
+            known[key] = tracer(config, vocab_size, precision, microbatch)
+        return known[key]
+
+    return trace
 
 
 def smallest_change(
