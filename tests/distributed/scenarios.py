@@ -82,6 +82,15 @@ def scenarios(shards: Path, folder: Path) -> dict[str, Any]:
         both[f"{parallel} resumed on 1"] = start(f"{parallel}-stop", 1, begins=2, parallel=parallel)
     both["exact one"] = start("exact-one", 1, elastic_exact=True)
     both["exact two"] = start("exact-two", 2, elastic_exact=True)
+    masked = {"document_mask": True, "sliding_window": 10}
+    for name, world, more in (
+        ("masked ddp", 1, {"elastic_exact": True, "parallel": "ddp"}),
+        ("masked fsdp", 2, {"parallel": "fsdp"}),
+    ):
+        both[name] = start(name.replace(" ", "-"), world, **masked, **more)
+        stopped = f"{name}-stop".replace(" ", "-")
+        both[f"{name} stopped"] = start(stopped, 2, fault=signalled(1, count=3), **masked, **more)
+        both[f"{name} resumed"] = start(stopped, 2, **masked, **more)
     both["oom ddp"] = start("oom-ddp", 2, microbatch=8, parallel="ddp", fault=lambda rank: _no_memory(rank))
     auto = {"batch_size": "auto", "global_batch_size": GLOBAL_BATCH, "gradient_accumulation_steps": 1}
     both["auto"] = start("auto", 2, parallel="ddp", fault=lambda rank: _little_memory(rank), **auto)

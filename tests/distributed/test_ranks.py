@@ -74,6 +74,16 @@ def test_a_signal_to_one_rank_stops_both_and_one_rank_goes_on(left: dict[str, An
     assert "ranks was 2" in resumed["log"]
 
 
+@pytest.mark.parametrize("name", ["masked ddp", "masked fsdp"])
+def test_masked_documents_resume_to_the_last_bit(left: dict[str, Any], name: str) -> None:
+    whole, stopped, resumed = left[name], left[f"{name} stopped"], left[f"{name} resumed"]
+    assert stopped["result"]["status"] == "paused" and resumed["result"]["status"] == "completed", resumed[
+        "log"
+    ]
+    assert resumed["statuses"] == [0, 0]
+    assert resumed["losses"] == whole["losses"] and resumed["weights"] == whole["weights"]
+
+
 def test_a_fixed_tree_gives_the_same_bits_on_two_ranks(left: dict[str, Any]) -> None:
     one, two = left["exact one"], left["exact two"]
     assert two["statuses"] == [0, 0], two["log"]
