@@ -65,7 +65,7 @@ class TrainConfig:
     """Tokens attend to their own document only, where a sample holds parts of several; positions run on."""
     initialization: Literal["huggingface", "scaled", "unigram"] = "unigram"
     """Weights at step 0: transformers' own; scaled so that every block starts quiet beside the residual stream; or unigram:
-    scaled, and GPT-2 predicts how frequent each token is (Gemma 3: as scaled)."""
+    scaled, and it predicts how frequent each token is."""
 
     # The order of the data
     seed: int = 1337
@@ -138,7 +138,7 @@ class TrainConfig:
     """AdamW's decay of the first moment; with muon from muon_momentum_steps on."""
     muon_first_beta1: float = 0.6
     """The same at step 0, with muon."""
-    beta2: float = 0.95
+    beta2: float = 0.98
     """AdamW's decay of the second moment."""
     adam_epsilon: float = 1e-8
     """AdamW's epsilon."""

@@ -153,12 +153,15 @@ def test_train_prints_the_recipe(settings: Settings, capsys: pytest.CaptureFixtu
     assert "recipe: " in capsys.readouterr().err
 
 
-def test_a_fresh_run_begins_with_the_frequencies_of_its_shards(settings: Settings, tmp_path: Path) -> None:
-    """GPT-2's first loss beside the cross-entropy of the counts; without them a tied model predicts its own input."""
+@pytest.mark.parametrize("preset", ["gpt2-10m", "gemma3-tiny"])
+def test_a_fresh_run_begins_with_the_frequencies_of_its_shards(
+    settings: Settings, tmp_path: Path, preset: str
+) -> None:
+    """The first loss beside the cross-entropy of the counts; without them a tied model predicts its own input."""
     first = {}
     for start in ("unigram", "scaled"):
         config = settings(
-            1, "gpt2-10m", output_dir=tmp_path / start, initialization=start, log_steps=1, hidden_size=64
+            1, preset, output_dir=tmp_path / start, initialization=start, log_steps=1, hidden_size=64
         )
         train(config)
         records = read_history(tmp_path / start / "history.jsonl")
@@ -167,4 +170,4 @@ def test_a_fresh_run_begins_with_the_frequencies_of_its_shards(settings: Setting
     mixture = Mixture.from_dict(state_of(tmp_path / "unigram", 1)["mixture"])
     counted = unigram_probabilities(dataset, mixture)
     entropy = -float((counted * np.log(counted)).sum())
-    assert abs(first["unigram"] - entropy) < 0.5 < first["scaled"] - entropy
+    assert abs(first["unigram"] - entropy) < 0.7 < first["scaled"] - entropy

@@ -101,7 +101,7 @@ def build_model(
         if config.initialization != "huggingface":
             quieten_residual_branches(model, pad_id)
         if config.initialization == "unigram" and unigrams is not None:
-            predict_unigrams(model, torch.from_numpy(np.log(unigrams)).float())
+            predict_unigrams(model, torch.from_numpy(np.log(unigrams)).float(), pad_id)
     return model.float().train()
 
 
@@ -135,28 +135,44 @@ def quieten_residual_branches(model: PreTrainedModel, pad_id: int | None) -> Non
 
 FIRST_GAIN = 0.3
 """Of GPT-2's last norm at step 0, where it begins with unigram probabilities."""
+CONSTANT = 2.0
+"""First unit of Gemma 3's embedding there, beside rows of length 1."""
 
 
 @torch.no_grad()
-def predict_unigrams(model: PreTrainedModel, logs: torch.Tensor) -> None:
-    """Let GPT-2 predict at step 0 what it would otherwise spend its first steps on: how frequent each token is.
+def predict_unigrams(model: PreTrainedModel, logs: torch.Tensor, pad_id: int | None) -> None:
+    """Let a new model predict what it would otherwise spend its first steps on: how frequent each token is.
 
-    The last norm puts 1 into the first unit, whatever comes in, and the embedding holds log p there (less its mean), which
-    the tied output reads. The other units begin at FIRST_GAIN of their size: a tied model whose blocks are the identity
-    would predict its own input, 6 nats above the unigrams' entropy. Gemma 3, whose last norm has no bias, is left as it is.
+    The first unit of the last hidden state holds the same number whatever comes in, and the first unit of the embedding
+    log p over that number, which the tied output reads. It also takes room in the last norm from what a tied model whose
+    blocks do little predicts instead, its own input: nats above the unigrams' entropy.
+
+    GPT-2: the last norm's bias is 1 there and its gain 0; the gain of the other units is FIRST_GAIN. Gemma 3, whose norms have no
+    bias: every row of the embedding has CONSTANT there, which the blocks neither see nor change at first (their norms'
+    gains are 0 there), so that of the stream's mean square d * (CONSTANT^2 + 1 + 1) it is the first term.
 
     Args:
         logs: natural logarithm of each token's probability, [vocabulary].
     """
-    if not isinstance(model, GPT2LMHeadModel):
+    decoder: Any = body(model)
+    embedding = head_weight(model)
+    width = embedding.shape[1]
+    above_mean = logs - (logs.exp() * logs).sum()
+    if isinstance(model, GPT2LMHeadModel):
+        embedding[:, 0] = above_mean
+        decoder.wpe.weight[:, 0] = 0.0
+        decoder.ln_f.weight.fill_(FIRST_GAIN)
+        decoder.ln_f.weight[0] = 0.0
+        decoder.ln_f.bias[0] = 1.0
         return
-    decoder, embedding = body(model), head_weight(model)
-    norm: Any = decoder.ln_f
-    embedding[:, 0] = logs - (logs.exp() * logs).sum()
-    decoder.wpe.weight[:, 0] = 0.0  # type: ignore[union-attr,index,operator]
-    norm.weight.fill_(FIRST_GAIN)
-    norm.weight[0] = 0.0
-    norm.bias[0] = 1.0
+    constant = math.sqrt(width) * CONSTANT / math.sqrt(CONSTANT**2 + 2)
+    embedding[:, 0] = CONSTANT + above_mean / constant
+    if pad_id is not None:
+        embedding[pad_id].zero_()
+    for layer in decoder.layers:
+        for name, norm in layer.named_children():
+            if name.endswith("layernorm"):
+                norm.weight[0] = -1.0  # a gain of 0: Gemma 3 adds 1
 
 
 def body(model: nn.Module) -> nn.Module:

@@ -264,6 +264,7 @@ OTHER_DEFAULT = {
     "temperature": "small_language_share",
     "final_temperature": "small_language_share",
     "initialization": "muon_even",
+    "beta2": "muon_even",
 }
 """Settings whose default changed when another setting came."""
 
