@@ -89,9 +89,12 @@ RECIPES: dict[str, dict[str, Any]] = {
         "muon_momentum": 0.95,
         "muon_first_momentum": 0.85,
         "muon_momentum_steps": 300,
+        "muon_even": False,
+        "muon_first_beta1": 0.8,
         "beta1": 0.8,
         "beta2": 0.95,
         "adam_epsilon": 1e-10,
+        "initialization": "scaled",
         # 0.004 * sqrt(768 / width) where ours is rate * sqrt(256 / width).
         "learning_rate": 0.004 * math.sqrt(3),
         "warmup_steps": 0,
@@ -100,7 +103,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     # What Ekiden does where nothing is set, with the plan's mixture; and by parts.
     "default": {},
-    "adamw-scaled": {"optimizer": "adamw"},
+    "adamw-scaled": {"optimizer": "adamw", "initialization": "scaled"},
     "muon-huggingface": {"initialization": "huggingface"},
     # The same on other mixtures: as the languages are, and Ekiden's own.
     "proportional": {"temperature": 1.0},
