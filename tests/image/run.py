@@ -123,7 +123,7 @@ def run_tests(python: Path, source: Path, log: Path, workers: int, tests: list[s
     environment.pop("PYTHONPATH", None)
     environment.setdefault("EKIDEN_CORPORA", str(ROOT.parent / "shared" / "corpora"))
     # Time limits are for what hangs; on a machine that does much else everything takes longer.
-    command = [python, "-m", "pytest", "-q", "-rfEs", "-p", "no:cacheprovider", "--timeout", "900"]
+    command = [python, "-m", "pytest", "-rfEs", "-p", "no:cacheprovider", "--timeout", "900"]
     began = time.monotonic()
     with log.open("w") as file:
         done = subprocess.run(
