@@ -71,8 +71,8 @@ NEEDED = "click filelock fsspec google.protobuf huggingface_hub numpy orjson psu
 NEEDED += "sentencepiece tokenizers torch tqdm transformers xxhash".split()
 """The package's dependencies, but for those below."""
 DISTRIBUTIONS = {"yaml": "pyyaml", "google.protobuf": "protobuf"}
-SPARED = {"isal", "zstandard"}
-"""Dependencies without which everything works, `isal` faster: the images lack it, and a session may have no network."""
+SPARED = {"isal"}
+"""Dependencies without which everything works, more slowly: the images lack it, and a session may have no network."""
 
 
 def install_missing(modules: Iterable[str] = NEEDED) -> list[str]:
