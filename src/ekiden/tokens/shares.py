@@ -60,13 +60,11 @@ def plan_mixture(
             f"the shards hold {len(raw)} languages, a mixture at most {BLOCK}; leave some out by "
             "--language-weights"
         )
-    sizes = {name: tokens[name] for name in raw}
-    if small_share and not weights:
+    small_share = 0.0 if weights else small_share
+    if small_share or max_epochs is not None:
         assert total_samples is not None and total_samples > 0
-        raw = _levelled(raw, small_share, _caps(_texts(sizes, GIFT_EPOCHS), total_samples * length))
-    if max_epochs is not None:
-        assert total_samples is not None and total_samples > 0
-        raw = _capped(raw, _texts(sizes, max_epochs), total_samples * length, max_epochs)
+        sizes = {name: tokens[name] for name in raw}
+        raw = _limited(raw, sizes, total_samples * length, max_epochs, small_share)
     quotas = apportion(raw)
     names = tuple(raw)
     mixture = Mixture(
@@ -112,12 +110,26 @@ def final_shares(
     )
     read = {name: count * mixture.length for name, count in mixture.samples_of(first).items()}
     total = max(1, total_samples - first) * mixture.length
-    if small_share and not weights:
-        shares = _levelled(shares, small_share, _caps(_texts(sizes, GIFT_EPOCHS, read), total))
+    return _limited(shares, sizes, total, max_epochs, 0.0 if weights else small_share, read)
+
+
+def _limited(
+    weights: dict[str, float],
+    sizes: Mapping[str, int],
+    total: int,
+    max_epochs: float | None,
+    small_share: float,
+    read: Mapping[str, int] | None = None,
+) -> dict[str, float]:
+    """Return shares of the next `total` tokens, in proportion to `weights` but for `small_share` and `max_epochs`, where
+    the tokens in `read` were read before.
+    """
+    if small_share:
+        weights = _levelled(weights, small_share, _caps(_texts(sizes, GIFT_EPOCHS, read), total))
     if max_epochs is None:
-        return shares
-    left = {name: count for name, count in _texts(sizes, max_epochs, read).items() if name in shares}
-    return _capped(shares, left, total, max_epochs)
+        return weights
+    left = {name: count for name, count in _texts(sizes, max_epochs, read).items() if name in weights}
+    return _capped(weights, left, total, max_epochs)
 
 
 def _texts(
