@@ -19,16 +19,16 @@ from typing import TYPE_CHECKING, Any
 from ekiden.config import TrainConfig, validate
 from ekiden.errors import UserError
 from ekiden.evaluation.loss import format_evaluation
-from ekiden.progress import Progress, human_count, human_duration, say
+from ekiden.progress import Progress, human_duration, say
 from ekiden.training.evaluating import Evaluator
 from ekiden.training.facts import Clock
 from ekiden.training.feed import Later
 from ekiden.training.history import History, UnwrittenHistory
 from ekiden.training.interruption import REASONS, Interruption
 from ekiden.training.launch import launch
-from ekiden.training.memory import is_out_of_memory, memory_bytes
-from ekiden.training.optimizer import learning_rate
+from ekiden.training.memory import is_out_of_memory
 from ekiden.training.ranks import PeerLost, Ranks
+from ekiden.training.records import TrainingRecords
 from ekiden.training.rundir import RunDirectory, TrainResult
 from ekiden.training.saving import Saving
 from ekiden.training.start import prepare
@@ -106,6 +106,7 @@ class Trainer:
     ) -> None:
         self.config, self.directory, self.interruption, self.ranks = config, run, interruption, ranks
         self.clock = Clock()
+        self.records = TrainingRecords()
         self._begin()
         resumed = self.start.resumed_from
         # A run that branches off another's checkpoint is another run to a tracker, too.
@@ -118,10 +119,8 @@ class Trainer:
         self.counters.wandb_run_id = self.trackers.wandb_run_id or self.counters.wandb_run_id
         self.report = open_report(run.path) if config.report and ranks.main else None
         self.step_seconds = 0.0
-        self.last_loss: float | None = None
         self.stopped_for: str | None = None
         self.save_asked = False
-        self.verified_resume = self.start.resumed_step is None
         if ranks.main:
             run.write_config(config)
 
@@ -136,7 +135,7 @@ class Trainer:
         self.saving = Saving(self.start, self.history, self.ranks)
         self.stepper = Stepper(self.start, self.history, self.directory, self.ranks)
         self.evaluator = Evaluator(self.start, self.ranks)
-        self.logged_at = (self.counters.step, self.counters.seconds)
+        self.records.begin(self.start, self.history)
         self.unseen: list[tuple[int, StepFigures, Later]] = []
 
     # -- the session ------------------------------------------------------------------------------------------
@@ -332,50 +331,17 @@ class Trainer:
 
     def _log(self, figures: StepFigures) -> dict[str, object]:
         """Write the training record of this step; return the figures to show."""
-        counters = self.counters
-        step, seconds = self.logged_at
-        tokens = (counters.step - step) * self.stepper.tokens_per_step
-        tokens_per_second = tokens / max(counters.seconds - seconds, 1e-9)
-        self.logged_at = (counters.step, counters.seconds)
-        loss = self.last_loss = float(figures.loss)
-        self.history.add(
-            "train",
-            counters.step,
-            loss=loss,
-            learning_rate=learning_rate(counters.step - 1, self.config, self.start.max_steps, counters.decay),
-            grad_norm=float(figures.grad_norm),
-            samples=counters.step * counters.global_batch,
-            tokens=counters.tokens,
-            tokens_per_second=tokens_per_second,
-            memory_bytes=memory_bytes(self.start.device),
-            seconds=counters.seconds,
-        )
+        shown = self.records.add(figures)
         self.trackers.wake()
-        self._verify_resume(counters.step, loss)
-        shown: dict[str, object] = {"loss": f"{loss:.4f}", "tok/s": human_count(tokens_per_second)}
         if self.config.save_steps:
-            left = self.config.save_steps - counters.step % self.config.save_steps
+            left = self.config.save_steps - self.counters.step % self.config.save_steps
             shown["next checkpoint"] = human_duration(left * self.step_seconds)
         return shown
-
-    def _verify_resume(self, step: int, loss: float) -> None:
-        """Compare the first repeated step with what the interrupted session had logged for it, bit for bit."""
-        before = self.history.replaced.get(step)
-        if self.verified_resume or before is None:
-            return
-        self.verified_resume = True
-        if before == loss:
-            say(f"resume verified bit-exact at step {step}")
-        elif self.start.notes.get("level") == "L1":
-            say(
-                f"step {step} is not bit-identical to the interrupted session's: loss {loss!r} now, {before!r} then"
-            )
-        self.history.event("resume-verified", step, bit_exact=before == loss)
 
     def _save(self, wait: bool) -> None:
         assert not self.unseen, "a roll-back may be due"
         with self.clock.span("saving"):
-            self.saving.save(self.last_loss, wait)
+            self.saving.save(self.records.last_loss, wait)
 
     def _evaluate(self, tokens_per_language: int) -> dict[str, Any]:
         """Evaluate every language, keep the best model so far; return the figures."""

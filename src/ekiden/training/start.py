@@ -36,8 +36,7 @@ from ekiden.progress import human_count, say
 from ekiden.tokenizer.load import Tokenizer
 from ekiden.tokens.batches import Batches
 from ekiden.tokens.format import TokenDataset
-from ekiden.tokens.mixture import Mixture
-from ekiden.tokens.shares import final_shares, plan_mixture
+from ekiden.tokens.shares import final_shares
 from ekiden.tokens.unigram import unigram_probabilities
 from ekiden.training.converted import restore_any
 from ekiden.training.exact import check_tree
@@ -46,6 +45,7 @@ from ekiden.training.finding import Found, find_files
 from ekiden.training.foreign import take_foreign
 from ekiden.training.microbatch import rows_each
 from ekiden.training.optimizer import build_optimizer, learning_rate
+from ekiden.training.order import order_of_samples, steps_of_epochs
 from ekiden.training.ranks import Ranks
 from ekiden.training.recipe import describe_recipe
 from ekiden.training.rundir import RunDirectory
@@ -108,27 +108,10 @@ def prepare(config: TrainConfig, run: RunDirectory, ranks: Ranks | None = None) 
     optimizer = build_optimizer(model, config)
     scaler = torch.amp.GradScaler(device.type) if precision.use_scaler else None
     state = TrainingState(config, model, optimizer, scaler, mixture, {**identity, "environment": facts})
-    if saved:
-        if found.checkpoint:
-            restore_any(state, found.checkpoint)
-        state.counters = Counters(**saved["counters"])
-        if "batch_size" in changed:
-            schedule = state.counters.microbatch_schedule
-            schedule.append([state.counters.step, config.batch_size or state.counters.microbatch])
-    else:
-        state.counters.global_batch = global_batch
-        state.counters.microbatch_schedule = [[0, config.batch_size or rows_each(global_batch, ranks.world)]]
+    take_up(state, found, saved, changed, global_batch, ranks)
     max_steps = last_step(state, saved, dataset)
     taken = None if saved else ranks.on_main(lambda: take_weights(config, state, max_steps))
-    # Left by whichever rank had no memory, perhaps on a disk of its own.
-    limit = -ranks.agree([-(run.read_microbatch() or math.inf)])[0]
-    if limit < state.counters.microbatch:
-        state.counters.microbatch_schedule.append([state.counters.step, int(limit)])
-    if sharded and config.batch_size == AUTO:
-        raise UserError(
-            "--batch-size auto cannot try what fits with --parallel fsdp, where a rank that fails leaves the others waiting; "
-            "give a number (`ekiden plan` says which fits)"
-        )
+    lower_microbatch(state.counters, run, ranks)
     if config.elastic_exact:
         check_tree(global_batch, state.counters.microbatch, ranks.world)
     state.share(ranks, moments=not sharded)
@@ -167,28 +150,33 @@ def look(
     return found, resumed_step, saved
 
 
-def order_of_samples(
-    config: TrainConfig, dataset: TokenDataset, saved: dict[str, Any] | None, ranks: Ranks
-) -> tuple[Mixture, int]:
-    """Return the mixture and the global batch: the run's own, or a new run's, which it keeps for ever.
+def take_up(
+    state: TrainingState,
+    found: Found,
+    saved: dict[str, Any] | None,
+    changed: dict[str, tuple[Any, Any]],
+    global_batch: int,
+    ranks: Ranks,
+) -> None:
+    """Put the checkpoint back that was found, on the main rank, and its counters on all; or let the run begin at step 0."""
+    batch_size = state.config.batch_size
+    if saved is None:
+        state.counters.global_batch = global_batch
+        state.counters.microbatch_schedule = [[0, batch_size or rows_each(global_batch, ranks.world)]]
+        return
+    if found.checkpoint:
+        restore_any(state, found.checkpoint)
+    state.counters = Counters(**saved["counters"])
+    if "batch_size" in changed:
+        counters = state.counters
+        counters.microbatch_schedule.append([counters.step, batch_size or counters.microbatch])
 
-    Raises:
-        UserError: they are not what the run began with; or there are more ranks than samples.
-    """
-    if saved:
-        check_data(saved["identity"], dataset, config)
-        mixture = Mixture.from_dict(saved["mixture"])
-        global_batch = check_global_batch(
-            saved["counters"]["global_batch"], saved["config"], config, ranks.world
-        )
-    else:
-        global_batch = config.samples_per_step(ranks.world)
-        mixture = fresh_mixture(config, dataset, global_batch)
-    if global_batch < ranks.world:
-        raise UserError(
-            f"a global batch of {global_batch} samples cannot be divided among {ranks.world} ranks; start at most {global_batch}"
-        )
-    return mixture, global_batch
+
+def lower_microbatch(counters: Counters, run: RunDirectory, ranks: Ranks) -> None:
+    """Take the microbatch that a rank without memory left word of, perhaps on a disk of its own."""
+    most = -ranks.agree([-(run.read_microbatch() or math.inf)])[0]
+    if most < counters.microbatch:
+        counters.microbatch_schedule.append([counters.step, int(most)])
 
 
 def place_model(
@@ -199,7 +187,11 @@ def place_model(
     ranks: Ranks,
     unigrams: np.ndarray | None,
 ) -> tuple[PreTrainedModel, bool, bool]:
-    """Return a new model, whether its state is to be sharded (it is on the CPU then), and whether it is compiled."""
+    """Return a new model, whether its state is to be sharded (it is on the CPU then), and whether it is compiled.
+
+    Raises:
+        UserError: settings that a sharded model cannot have.
+    """
     model = build_model(
         config,
         vocab_size=tokenizer.vocab_size,
@@ -210,6 +202,11 @@ def place_model(
         unigrams=unigrams,
     )
     sharded = wants_shards(config, ranks, sum(p.numel() for p in model.parameters()), device)
+    if sharded and config.batch_size == AUTO:
+        raise UserError(
+            "--batch-size auto cannot try what fits with --parallel fsdp, where a rank that fails leaves the others waiting; "
+            "give a number (`ekiden plan` says which fits)"
+        )
     if not sharded:
         model.to(device)  # type: ignore[arg-type]
     return model, sharded, prepare_model(model, config, device, precision, sharded)
@@ -274,39 +271,6 @@ def rank_device(requested: str, ranks: Ranks) -> torch.device:
     return select_device(f"cuda:{ranks.local_rank}" if gpu else "cpu")
 
 
-def fresh_mixture(config: TrainConfig, dataset: TokenDataset, global_batch: int) -> Mixture:
-    """Return the mixture that a new run keeps for ever."""
-    tokens = {name: dataset.split(name, "train").tokens for name in dataset.languages}
-    empty = [name for name, count in tokens.items() if count == 0]
-    for name in empty:
-        say(f"{name} has no training tokens and is left out")
-    tokens = {name: count for name, count in tokens.items() if count > 0}
-    if not tokens:
-        raise UserError(
-            f"--dataset-path {config.dataset_path} holds no training tokens; preprocess a larger corpus"
-        )
-    steps = config.max_steps or steps_of_epochs(config, dataset, global_batch)
-    return plan_mixture(
-        tokens,
-        config.max_length,
-        config.seed,
-        temperature=config.temperature,
-        weights=config.language_weights or None,
-        max_epochs=config.max_epochs_per_language or None,
-        total_samples=steps * global_batch,
-        final_temperature=config.final_temperature,
-        final_share=config.final_share,
-        small_share=config.small_language_share,
-        final_weights=config.final_language_weights or None,
-    )
-
-
-def steps_of_epochs(config: TrainConfig, dataset: TokenDataset, global_batch: int) -> int:
-    """Return the steps in which `epochs` times as many tokens are seen as the training split holds."""
-    tokens = sum(dataset.split(name, "train").tokens for name in dataset.languages)
-    return max(1, math.ceil(config.epochs * tokens / (global_batch * config.max_length)))
-
-
 def take_weights(config: TrainConfig, state: TrainingState, max_steps: int) -> str | None:
     """Put what fits of `--init-from`, or of a `--resume-from` that is no whole checkpoint, into a fresh state.
 
@@ -322,51 +286,6 @@ def take_weights(config: TrainConfig, state: TrainingState, max_steps: int) -> s
     report = take_foreign(given, state, weights_only=bool(config.init_from), max_steps=max_steps)
     say(report.sentence())
     return report.sentence()
-
-
-def check_data(identity: dict[str, Any], dataset: TokenDataset, config: TrainConfig) -> None:
-    """Refuse data that is not the data the run began with.
-
-    Raises:
-        UserError: the tokenizer or the shards differ.
-    """
-    for key, now, what in (
-        ("tokenizer", dataset.tokenizer_sha256, "tokenizer"),
-        ("data", dataset.fingerprint, "token shards"),
-    ):
-        if identity[key] != now:
-            raise UserError(
-                f"--dataset-path {config.dataset_path}: its {what} differ from what this run began with "
-                f"({identity[key][:12]} then, {now[:12]} now); give the same data, or another --output-dir for a new run"
-            )
-
-
-def check_global_batch(began_with: int, saved: dict[str, Any], config: TrainConfig, world: int) -> int:
-    """Return the run's global batch after checking that the settings still make it, with as many ranks as it began with.
-
-    How many train now does not matter: fewer of them accumulate more microbatches, and more of them fewer.
-
-    Raises:
-        UserError: they do not.
-    """
-    if config.global_batch_size or saved.get("global_batch_size"):
-        now = config.samples_per_step(world)
-        if now != began_with:
-            raise UserError(
-                f"a global batch of {now} samples is not the {began_with} this run began with; give --global-batch-size "
-                f"{began_with}"
-            )
-        return now
-    ranks_then = began_with // (saved["batch_size"] * saved["gradient_accumulation_steps"])
-    now = config.batch_size * config.gradient_accumulation_steps * ranks_then
-    if now != began_with:
-        ranks = f" x {ranks_then} ranks it began with" if ranks_then > 1 else ""
-        raise UserError(
-            f"--batch-size {config.batch_size} x --gradient-accumulation-steps {config.gradient_accumulation_steps}{ranks} "
-            f"is a global batch of {now} samples, but this run began with {began_with}; give values whose product is "
-            f"{began_with // ranks_then}"
-        )
-    return now
 
 
 def describe(
