@@ -20,6 +20,15 @@ TEXT = [
 ]
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what is marked `gpu` where there is none."""
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA device")
+
+
 @pytest.fixture(scope="session")
 def corpora() -> Path:
     """Return the folder of the real corpora; a test that needs it is skipped where it is not there."""

@@ -66,7 +66,6 @@ def test_the_prediction_is_what_a_step_takes(preset: str, shape: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_the_prediction_on_a_gpu() -> None:
     result = measured("--preset", "gemma3-270m", "--vocab-size", "16000", "--batch-size", "2")
     assert 0.9 < result["predicted_over_measured"] < 1.1

@@ -87,7 +87,7 @@ def test_temperature_goes_from_equal_to_proportional():
     tokens = {"large": 3_000_000, "small": 1_000_000}
     assert plan_mixture(tokens, 8, 0, temperature=0).quotas == (2048, 2048)
     assert plan_mixture(tokens, 8, 0, temperature=1).quotas == (3072, 1024)
-    half = plan_mixture(tokens, 8, 0).shares()
+    half = plan_mixture(tokens, 8, 0, 0.5).shares()
     assert half["large"] / half["small"] == pytest.approx(3**0.5, rel=1e-3)
 
 
@@ -287,7 +287,7 @@ def test_windows_of_an_epoch_do_not_overlap_and_epochs_differ_in_order_and_shift
 
 @given(st.lists(st.one_of(st.integers(0, 10**6), st.integers(10**12, 2**63 - 1)), min_size=1, max_size=40))
 def test_a_sample_is_the_same_alone_and_among_others(samples):
-    mixture = plan_mixture(LANGUAGES, 64, 3)
+    mixture = plan_mixture(LANGUAGES, 64, 3, 0.5)
     together = mixture.locate(np.array(samples, dtype=np.uint64))
     for number, sample in enumerate(samples):
         alone = mixture.locate(np.array([sample], dtype=np.uint64))
@@ -297,7 +297,7 @@ def test_a_sample_is_the_same_alone_and_among_others(samples):
 def test_starting_at_sample_10_to_the_12_is_the_arithmetic_of_python_integers():
     """The occurrence of each language is counted by hand; no step in between is computed."""
     first = 10**12
-    mixture = plan_mixture(LANGUAGES, 64, 3)
+    mixture = plan_mixture(LANGUAGES, 64, 3, 0.5)
     languages, starts, epochs = mixture.locate(numbers(first, 2 * BLOCK))
     for number, (quota, windows, tokens) in enumerate(zip(mixture.quotas, mixture.windows, mixture.tokens)):
         mine = languages == number
@@ -311,15 +311,15 @@ def test_starting_at_sample_10_to_the_12_is_the_arithmetic_of_python_integers():
 
 
 def test_no_samples_are_no_places():
-    assert [len(part) for part in plan_mixture(LANGUAGES, 64, 3).locate(numbers(0, 0))] == [0, 0, 0]
+    assert [len(part) for part in plan_mixture(LANGUAGES, 64, 3, 0.5).locate(numbers(0, 0))] == [0, 0, 0]
 
 
 # -- seeds and names -----------------------------------------------------------------------------------------
 
 
 def test_seeds_and_blocks_and_names_differ():
-    first = plan_mixture(LANGUAGES, 64, 1)
-    second = plan_mixture(LANGUAGES, 64, 2)
+    first = plan_mixture(LANGUAGES, 64, 1, 0.5)
+    second = plan_mixture(LANGUAGES, 64, 2, 0.5)
     one, other, later = (
         first.locate(numbers(0, BLOCK)),
         second.locate(numbers(0, BLOCK)),
@@ -339,7 +339,7 @@ def test_the_order_does_not_depend_on_the_order_in_which_languages_are_given():
 
 def test_the_order_is_the_one_that_every_release_has_had():
     """Frozen: whoever changes these values changes the data of every run that will be resumed."""
-    mixture = plan_mixture(LANGUAGES, 64, 42)
+    mixture = plan_mixture(LANGUAGES, 64, 42, 0.5)
     assert mixture.quotas == GOLDEN_QUOTAS
     for first, expected in GOLDEN.items():
         places = mixture.locate(numbers(first, 6))

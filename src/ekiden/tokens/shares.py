@@ -20,7 +20,7 @@ def plan_mixture(
     tokens: Mapping[str, int],
     length: int,
     seed: int,
-    temperature: float = 0.5,
+    temperature: float = 1.0,
     weights: Mapping[str, float] | None = None,
     max_epochs: float | None = None,
     total_samples: int | None = None,
