@@ -1,10 +1,13 @@
-"""bf16 beside fp32 over a short training, and the largest value that a layer of the trained model puts out.
+"""bf16 and fp16 beside fp32 over a short training, and the largest value that a layer of the trained model puts out.
 
-    python benchmarks/low_precision.py [--steps 100]
+    python benchmarks/low_precision.py [--steps 100] [--fp16]
+    python benchmarks/low_precision.py --model RUN/final_model
 
 Trains GPT-2 and Gemma 3 of 3 layers x 64 on the built-in corpus with Ekiden's own `train`, the same data in both
-precisions, 4 x 128 tokens a step, one thread. The last line is one JSON object: the mean training loss over the last ten
-steps in nats a token for each, and the largest absolute value that any module but the head put out (fp16 ends at 65,504).
+precisions, 4 x 128 tokens a step, one thread. `--fp16` trains in fp16 with loss scaling too, which `train` refuses on a CPU for
+its slowness: the arithmetic is fp16's all the same, but for Muon's products (fp32 on a CPU). The last line is one JSON
+object: the mean training loss over the last ten steps in nats a token for each, the steps that were skipped, and the largest
+absolute value that any module but the head put out (fp16 ends at 65,504); with `--model` that of a model already trained.
 """
 
 from __future__ import annotations
@@ -19,7 +22,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import ekiden
+import ekiden.training.start
 from ekiden.config import build_config
+from ekiden.modeling.device import named_precision
 from ekiden.tokenizer.train import train_tokenizer
 from ekiden.training.history import read_history
 
@@ -27,8 +32,8 @@ SHAPE = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2, "h
 SHAPE |= {"intermediate_size": 256, "max_length": 128, "batch_size": 4, "gradient_accumulation_steps": 1}
 
 
-def train(preset: str, precision: str, shards: Path, output: Path, steps: int) -> float:
-    """Train, and return the mean loss of the last ten steps."""
+def train(preset: str, precision: str, shards: Path, output: Path, steps: int) -> tuple[float, int]:
+    """Train, and return the mean loss of the last ten steps and how many steps were skipped."""
     shape: dict[str, Any] = {**SHAPE, "num_key_value_heads": 2 if preset == "gpt2-10m" else 1}
     config = build_config(
         preset,
@@ -37,16 +42,24 @@ def train(preset: str, precision: str, shards: Path, output: Path, steps: int) -
         max_steps=steps,
         eval_steps=0,
         log_steps=1,
-        precision=precision,
+        precision="fp32" if precision == "fp16" else precision,
         device="cpu",
         num_threads=1,
         compile="off",
         report=False,
         **shape,
     )
-    ekiden.train(config)
-    losses = [r["loss"] for r in read_history(output / "history.jsonl") if r["kind"] == "train"]
-    return sum(losses[-10:]) / len(losses[-10:])
+    selected = ekiden.training.start.select_precision
+    if precision == "fp16":
+        ekiden.training.start.select_precision = lambda requested, device: named_precision("fp16")
+    try:
+        ekiden.train(config)
+    finally:
+        ekiden.training.start.select_precision = selected
+    records = list(read_history(output / "history.jsonl"))
+    losses = [r["loss"] for r in records if r["kind"] == "train"]
+    skipped = sum(r.get("event") == "skip" for r in records)
+    return sum(losses[-10:]) / len(losses[-10:]), skipped
 
 
 def largest_output(folder: Path) -> float:
@@ -71,7 +84,12 @@ def largest_output(folder: Path) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--fp16", action="store_true", help="train in fp16 with loss scaling too")
+    parser.add_argument("--model", type=Path, help="only look at this model")
     options = parser.parse_args()
+    if options.model:
+        print(json.dumps({"largest_output": round(largest_output(options.model), 1)}))
+        return
     result: dict[str, Any] = {"steps": options.steps}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -80,11 +98,10 @@ def main() -> None:
         ekiden.preprocess([str(corpus)], str(folder / "my.model"), str(folder / "shards"))
         for preset in ("gpt2-10m", "gemma3-tiny"):
             figures: dict[str, float] = {}
-            for precision in ("fp32", "bf16"):
+            for precision in ("fp32", "bf16", "fp16") if options.fp16 else ("fp32", "bf16"):
                 output = folder / f"{preset}-{precision}"
-                figures[precision] = round(
-                    train(preset, precision, folder / "shards", output, options.steps), 4
-                )
+                loss, skipped = train(preset, precision, folder / "shards", output, options.steps)
+                figures |= {precision: round(loss, 4), f"{precision}_skipped": skipped}
             figures["largest_output"] = round(largest_output(folder / f"{preset}-fp32" / "final_model"), 1)
             result[preset] = figures
     print(json.dumps(result))

@@ -63,9 +63,10 @@ class TrainConfig:
     """Tokens in one sample, and the context length the model is trained for."""
     document_mask: bool = False
     """Tokens attend to their own document only, where a sample holds parts of several; positions run on."""
-    initialization: Literal["huggingface", "scaled", "unigram"] = "unigram"
-    """Weights at step 0: transformers' own; scaled so that every block starts quiet beside the residual stream; or unigram:
-    scaled, and it predicts how frequent each token is."""
+    initialization: Literal["huggingface", "scaled", "unigram", "cooccurrence"] = "cooccurrence"
+    """Weights at step 0: transformers' own; scaled so that every block starts quiet beside the residual stream; unigram:
+    scaled, and it predicts how frequent each token is; or cooccurrence: that, and tokens that stand near one another in the
+    text have neighbouring rows in the embedding."""
 
     # The order of the data
     seed: int = 1337

@@ -159,7 +159,7 @@ def test_a_fresh_run_begins_with_the_frequencies_of_its_shards(
 ) -> None:
     """The first loss beside the cross-entropy of the counts; without them a tied model predicts its own input."""
     first = {}
-    for start in ("unigram", "scaled"):
+    for start in ("cooccurrence", "unigram", "scaled"):
         config = settings(
             1, preset, output_dir=tmp_path / start, initialization=start, log_steps=1, hidden_size=64
         )
@@ -170,4 +170,6 @@ def test_a_fresh_run_begins_with_the_frequencies_of_its_shards(
     mixture = Mixture.from_dict(state_of(tmp_path / "unigram", 1)["mixture"])
     counted = unigram_probabilities(dataset, mixture)
     entropy = -float((counted * np.log(counted)).sum())
-    assert abs(first["unigram"] - entropy) < 0.7 < first["scaled"] - entropy
+    for start in ("cooccurrence", "unigram"):
+        assert abs(first[start] - entropy) < 0.7 < first["scaled"] - entropy
+    assert first["cooccurrence"] != first["unigram"]

@@ -17,6 +17,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, GPT2Config, GPT2LM
 from transformers import PretrainedConfig as ModelConfig
 
 from ekiden.config import TrainConfig
+from ekiden.modeling.associations import Associations, embedding_rows
 from ekiden.modeling.attention import forward_arguments
 
 T = TypeVar("T")
@@ -85,13 +86,15 @@ def build_model(
     eos_id: int | None,
     seed: int,
     unigrams: np.ndarray | None = None,
+    associations: Associations | None = None,
 ) -> PreTrainedModel:
-    """Return the model on the CPU in fp32, its weights a function of `seed` (and `unigrams`) alone.
+    """Return the model on the CPU in fp32, its weights a function of `seed` (and the text's counts) alone.
 
     Drawn on the CPU on every machine: a GPU's random numbers differ from a CPU's.
 
     Args:
-        unigrams: probability of each token, all above 0, that `initialization: unigram` begins with; None: as `scaled`.
+        unigrams: probability of each token, all above 0, that `initialization: unigram` and `cooccurrence` begin with; None:
+            as `scaled`. associations: which tokens belong together, that `cooccurrence` begins with.
     """
     settings = model_config(config, vocab_size, pad_id, bos_id, eos_id)
     with torch.random.fork_rng(devices=[]):
@@ -100,7 +103,9 @@ def build_model(
         model: PreTrainedModel = family(settings)
         if config.initialization != "huggingface":
             quieten_residual_branches(model, pad_id)
-        if config.initialization == "unigram" and unigrams is not None:
+        if config.initialization == "cooccurrence" and associations is not None:
+            place_by_company(head_weight(model), associations, seed)
+        if config.initialization in ("unigram", "cooccurrence") and unigrams is not None:
             predict_unigrams(model, torch.from_numpy(np.log(unigrams)).float(), pad_id)
     return model.float().train()
 
@@ -131,6 +136,16 @@ def quieten_residual_branches(model: PreTrainedModel, pad_id: int | None) -> Non
             norm.weight.fill_(1 / math.sqrt(2 * len(layers)) - 1)  # type: ignore[arg-type]
     if pad_id is not None:
         embedding[pad_id].zero_()
+
+
+@torch.no_grad()
+def place_by_company(embedding: torch.Tensor, associations: Associations, seed: int) -> None:
+    """Give tokens that stand in the same surroundings neighbouring rows, as long as the random ones; in all units but the first.
+
+    A token of which nothing is known keeps its random row.
+    """
+    rows, known = embedding_rows(associations, embedding.shape[0], embedding.shape[1] - 1, seed)
+    embedding[known, 1:] = rows[known]
 
 
 FIRST_GAIN = 0.3

@@ -35,6 +35,7 @@ from ekiden.modeling.prepare import prepare_model
 from ekiden.progress import human_count, say
 from ekiden.tokenizer.load import Tokenizer
 from ekiden.tokens.batches import Batches
+from ekiden.tokens.cooccurrence import Associations, count_associations
 from ekiden.tokens.format import TokenDataset
 from ekiden.tokens.shares import final_shares
 from ekiden.tokens.unigram import unigram_probabilities
@@ -96,10 +97,14 @@ def prepare(config: TrainConfig, run: RunDirectory, ranks: Ranks | None = None) 
         config = as_it_began(config, saved["config"])
     changed = changed_settings(saved["config"], config) if saved else {}
     mixture, global_batch = order_of_samples(config, dataset, saved, ranks)
-    unigrams = None
-    if saved is None and config.initialization == "unigram":
+    unigrams = associations = None
+    if saved is None and config.initialization in ("unigram", "cooccurrence"):
         unigrams = unigram_probabilities(dataset, mixture)
-    model, sharded, compiled = place_model(config, tokenizer, device, precision, ranks, unigrams)
+    if saved is None and config.initialization == "cooccurrence":
+        associations = count_associations(dataset, mixture)
+    model, sharded, compiled = place_model(
+        config, tokenizer, device, precision, ranks, unigrams, associations
+    )
     identity["run_id"] = ranks.from_main(
         (saved["identity"].get("run_id") if saved else None) or uuid.uuid4().hex
     )
@@ -186,6 +191,7 @@ def place_model(
     precision: Precision,
     ranks: Ranks,
     unigrams: np.ndarray | None,
+    associations: Associations | None,
 ) -> tuple[PreTrainedModel, bool, bool]:
     """Return a new model, whether its state is to be sharded (it is on the CPU then), and whether it is compiled.
 
@@ -200,6 +206,7 @@ def place_model(
         eos_id=tokenizer.eos_id,
         seed=config.seed,
         unigrams=unigrams,
+        associations=associations,
     )
     sharded = wants_shards(config, ranks, sum(p.numel() for p in model.parameters()), device)
     if sharded and config.batch_size == AUTO:

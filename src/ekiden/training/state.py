@@ -276,7 +276,10 @@ def settings_then(saved: dict[str, Any]) -> dict[str, Any]:
 
 
 def as_it_began(config: TrainConfig, saved: dict[str, Any]) -> TrainConfig:
-    """Return `config`, but a setting whose default came after the run began, and was not given, as the run has it."""
+    """Return `config`, but a setting whose default came after the run began, and was not given, as the run has it.
+
+    So the initialisation, which was over before the first step, whenever its default changed.
+    """
     then, default = settings_then(saved), TrainConfig()
     later = {name: name for name in SINCE} | OTHER_DEFAULT
     return dataclasses.replace(
@@ -284,7 +287,8 @@ def as_it_began(config: TrainConfig, saved: dict[str, Any]) -> TrainConfig:
         **{
             name: then[name]
             for name, came_with in later.items()
-            if came_with not in saved and getattr(config, name) == getattr(default, name)
+            if (came_with not in saved or name == "initialization")
+            and getattr(config, name) == getattr(default, name)
         },
     )
 
