@@ -13,7 +13,9 @@ import torch
 
 from ekiden.config import TrainConfig, build_config
 from ekiden.modeling.device import named_precision
-from ekiden.planning.trace import BLOCK, traced_peak
+from ekiden.planning.ledger import BLOCK, OUTSIDE, Span, Tally, for_all_blocks
+from ekiden.planning.trace import _update, fully_traced_peak, traced_peak
+from ekiden.training import muon
 from ekiden.training import step as step_module
 
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "plan_memory.py"
@@ -115,3 +117,69 @@ def test_options_that_save_memory_are_seen(option: dict, part: str, share: tuple
     assert saved.total < plain.total
     assert share[0] <= saved.parts[part] / plain.parts[part] <= share[1]
     assert (saved.host > 0) == ("cpu_offload" in option)
+
+
+MOMENTS = {"optimizer_moments": "8bit", "max_length": 8, "num_hidden_layers": 4}
+CHUNKS = {"sliding_window": 16, "document_mask": True, "num_hidden_layers": 14}
+CASES = [
+    ("gpt2-10m", "fp16", 4, {"num_hidden_layers": 4, "optimizer_moments": "bf16"}),
+    ("gemma3-tiny", "fp16", 2, {"num_hidden_layers": 7, "activation_checkpointing": True}),
+]
+SLOW_CASES = [
+    ("gpt2-10m", "bf16", 3, {"num_hidden_layers": 5, "optimizer": "muon"}),
+    ("gpt2-10m", "fp32", 2, {"num_hidden_layers": 3, "max_length": 8, "cpu_offload": True}),
+    ("gpt2-10m", "fp32", 4, {"num_hidden_layers": 1, "optimizer": "muon", "max_length": 8}),
+    ("gpt2-10m", "bf16", 1, MOMENTS),
+    ("gpt2-10m", "fp32", 8, {"num_hidden_layers": 12, "document_mask": True}),
+    ("gemma3-tiny", "bf16", 4, {"num_hidden_layers": 6, "sliding_window": 16, "optimizer": "muon"}),
+    ("gemma3-tiny", "fp16", 3, {"num_hidden_layers": 12, "sliding_window": 24}),
+    ("gemma3-tiny", "fp16", 1, CHUNKS),
+    ("gemma3-tiny", "bf16", 4, {"num_hidden_layers": 18, "cpu_offload": True}),
+    ("gemma3-tiny", "bf16", 2, {"num_hidden_layers": 13, "loss_chunk_size": 64, "max_length": 128}),
+    ("gemma3-tiny", "fp32", 1, {"num_hidden_layers": 20, "optimizer": "muon", "max_length": 8}),
+]
+
+
+@pytest.mark.parametrize(
+    ("preset", "precision", "microbatch", "changes"),
+    [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_CASES)],
+)
+def test_a_few_blocks_say_what_all_take(preset: str, precision: str, microbatch: int, changes: dict) -> None:
+    if "8bit" in changes.values():
+        pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
+    config = small(preset, **changes)
+    arithmetic = named_precision(precision)
+    quick = traced_peak(config, 500, arithmetic, microbatch)
+    assert quick == fully_traced_peak(config, 500, arithmetic, microbatch)
+
+
+@pytest.mark.slow
+def test_many_small_matrices_are_taken_in_stacks() -> None:
+    config = small(num_hidden_layers=4, optimizer="muon", max_length=8)
+    whole = traced_peak(config, 500, FP32, 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(muon, "_STACK", 2 * 64 * 128)
+        _update.cache_clear()
+        stacked = traced_peak(config, 500, FP32, 1)
+        assert stacked == fully_traced_peak(config, 500, FP32, 1)
+    _update.cache_clear()
+    assert stacked.total < whole.total and whole.during == "update"
+
+
+def test_blocks_are_repeated_in_the_order_of_the_pass() -> None:
+    def span(block: int, phase: str, number: int) -> Span:
+        return Span(block, phase, [(number, "forward", number)])
+
+    outside = span(OUTSIDE, "forward", 1)
+    up = [span(0, "forward", 2), span(1, "forward", 3)]
+    down = [span(1, "backward", 4), span(1, "backward", 5), span(0, "backward", 6)]
+    made = for_all_blocks([outside, *up, *down], like=[0, 1, 1])
+    assert [s.events[0][0] for s in made if s.events] == [1, 2, 3, 3, 4, 5, 4, 5, 6]
+
+
+def test_the_worst_moment_is_a_moment_and_not_a_sum_of_worst_parts() -> None:
+    tally = Tally(weights=10)
+    tally.play([Span(OUTSIDE, "forward", [(1, "forward", 7), (1, "forward", -7), (2, "host", 99)])])
+    tally.play([Span(OUTSIDE, "update", [(3, "update", 6), (4, "optimizer", 2)])])
+    assert (tally.worst, tally.worst_phase, tally.worst_host) == (18, "update", 99)
+    assert tally.worst_parts["update"] == 6 and tally.worst_parts["forward"] == 0

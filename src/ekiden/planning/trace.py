@@ -1,41 +1,60 @@
 """The peak memory of a training step, found by running the real one on tensors that hold no data.
 
-`traced_peak(config, vocab_size, precision, microbatch)` builds the model and its optimizer under PyTorch's
-FakeTensorMode (shapes and types, no numbers), does `training.memory.try_step`, which is two microbatches, the update
-and an evaluation batch, and counts every byte that was alive at the worst moment, and whose it was.
+`traced_peak(config, vocab_size, precision, microbatch)` builds the model under PyTorch's FakeTensorMode (shapes and
+types, no numbers), runs a microbatch forward and backward beside gradients that exist, and an update, and writes down
+every byte that comes and goes (`planning.ledger`). Blocks that are alike do alike: the microbatch runs through the first two
+of each kind and the last one, and what they did is played back for all. `fully_traced_peak` runs everything, which takes a
+minute for the largest models; tests hold one against the other.
 
-What it cannot see: the CUDA context, cuBLAS workspaces and what the allocator loses to fragments (`planning.devices`
+What neither can see: the CUDA context, cuBLAS workspaces and what the allocator loses to fragments (`planning.devices`
 keeps room for them), and the kernels of another device: attention is traced as the CPU's, which like the GPU's
 memory-efficient kernels keeps one number a row.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import weakref
-from dataclasses import dataclass, field
+import functools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
+from transformers import PreTrainedModel
 
 from ekiden.config import TrainConfig
 from ekiden.modeling.attention import document_boundary, planned_attention
-from ekiden.modeling.build import build_model, parameter_counts
-from ekiden.modeling.device import Precision
+from ekiden.modeling.build import blocks, body, build_model, parameter_counts
+from ekiden.modeling.device import Precision, named_precision
 from ekiden.modeling.prepare import prepare_model
+from ekiden.planning.ledger import (
+    BLOCK,
+    HOST,
+    OUTSIDE,
+    Ledger,
+    Span,
+    Tally,
+    Watch,
+    for_all_blocks,
+    watch_blocks,
+    watch_gradients,
+)
 from ekiden.training import step as step_module
 from ekiden.training.memory import try_step
+from ekiden.training.muon import Matrix, Muon
 from ekiden.training.optimizer import build_optimizer
+from ekiden.training.step import accumulate_gradients, apply_update
 
-BLOCK = 512
-"""Bytes that CUDA's caching allocator rounds every tensor up to."""
-PARTS = ("weights", "gradients", "optimizer", "forward", "backward", "update")
-HOST = "host"
+OF_THE_UPDATE = ("optimizer", "optimizer_moments", "cpu_offload")
+"""Settings that a microbatch does not see."""
+OF_THE_MICROBATCH = ("activation_checkpointing", "loss_chunk_size", "document_mask")
+"""Settings that an update does not see."""
 
 
 @dataclass
@@ -57,93 +76,220 @@ class Peak:
     embedding: int
 
 
-@dataclass
-class _Ledger:
-    """Running bytes of every living storage by part, and the worst moment so far."""
+@dataclass(frozen=True)
+class _Update:
+    """An update of all weights: bytes that stand before it, by part, what it does, and parameters."""
 
-    living: dict[int, tuple[int, str]] = field(default_factory=dict)
-    bytes: dict[str, int] = field(default_factory=lambda: dict.fromkeys((*PARTS, HOST), 0))
-    phase: str = "forward"
-    worst: int = 0
-    worst_host: int = 0
-    worst_parts: dict[str, int] = field(default_factory=dict)
-    worst_phase: str = ""
-    references: dict[int, Any] = field(default_factory=dict)
-
-    def add(self, tensor: torch.Tensor, part: str) -> None:
-        """Count the storage of `tensor`, once, as `part`'s; a known one changes hands."""
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        known = self.living.get(key)
-        if known is None:
-            size = -(-storage.nbytes() // BLOCK) * BLOCK
-            self.references[key] = weakref.ref(storage, lambda _reference: self.remove(key))
-        else:
-            size = known[0]
-            self.bytes[known[1]] -= size
-        self.living[key] = size, part
-        self.bytes[part] += size
-        total = sum(self.bytes[name] for name in PARTS)
-        self.worst_host = max(self.worst_host, self.bytes[HOST])
-        if total > self.worst:
-            self.worst, self.worst_phase = total, self.phase
-            self.worst_parts = {name: self.bytes[name] for name in PARTS}
-
-    def remove(self, key: int) -> None:
-        """Forget a storage that was freed."""
-        size, part = self.living.pop(key)
-        self.bytes[part] -= size
-        del self.references[key]
-
-
-class _Watch(TorchDispatchMode):
-    """Hands every new storage that an operation returns to the ledger."""
-
-    def __init__(self, ledger: _Ledger) -> None:
-        super().__init__()
-        self.ledger = ledger
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for value in tree_iter(result):
-            if isinstance(value, torch.Tensor) and value.untyped_storage()._cdata not in self.ledger.living:
-                self.ledger.add(value, self.ledger.phase)
-        return result
+    standing: dict[str, int]
+    spans: list[Span]
+    blocks: int
+    embedding: int
 
 
 def traced_peak(config: TrainConfig, vocab_size: int, precision: Precision, microbatch: int) -> Peak:
     """Return the peak of a step with `microbatch` samples of `config.max_length` tokens, on one device.
 
+    A step's first microbatches need less than its last, which stands beside gradients and moments, and an evaluation
+    less than a training pass, which makes gradients of the output matrix as well: neither is run.
+
     Raises:
         UsageError: settings of which no model can be built.
     """
+    update = _update(_text(config, OF_THE_MICROBATCH), vocab_size)
+    spans = _microbatch(_text(config, OF_THE_UPDATE), vocab_size, precision.name, microbatch)
+    tally = Tally(**update.standing)
+    # The last microbatch of a step stands beside the loss of the one before, until it has its own, and beside their sum.
+    turn = max(number for number, span in enumerate(spans) if span.phase == "forward") + 1
+    tally.play([_scalars(forward=3, backward=1), *spans[:turn], _scalars(forward=-2), *spans[turn:]])
+    tally.play([_scalars(forward=-1, backward=-1), *update.spans])
+    return _peak(tally, update.blocks, update.embedding)
+
+
+def fully_traced_peak(config: TrainConfig, vocab_size: int, precision: Precision, microbatch: int) -> Peak:
+    """Return the same with every block and every pass of `training.memory.try_step` run: slow, and what is right."""
+    ledger = Ledger()
+    model = _meta_model(config, vocab_size)
+    counts = parameter_counts(model)
+    with _without_data():
+        _make_ready(model, config, precision)
+        optimizer = build_optimizer(model, config)
+        for tensor in [*model.parameters(), *model.buffers()]:
+            ledger.add(tensor, "weights")
+        watch_gradients(model, ledger)
+        _watch_update(optimizer, ledger, config.cpu_offload)
+        with _phases(ledger), Watch(ledger):
+            state = cast(Any, SimpleNamespace(model=model, optimizer=optimizer))
+            try_step(state, precision, microbatch, config.max_length, config.loss_chunk_size)
+    tally = Tally()
+    tally.play(ledger.spans)
+    return _peak(tally, *counts)
+
+
+def _scalars(**counts: int) -> Span:
+    """Return a span in which so many scalars of a part come, or go."""
+    return Span(OUTSIDE, "forward", [(-1, part, count * BLOCK) for part, count in counts.items()])
+
+
+def _peak(tally: Tally, blocks: int, embedding: int) -> Peak:
+    return Peak(tally.worst, tally.worst_parts, tally.worst_phase, tally.worst_host, blocks, embedding)
+
+
+def _text(config: TrainConfig, left_out: tuple[str, ...]) -> str:
+    """Return the settings as text, the same for all that differ in nothing that is traced."""
+    default = TrainConfig()
+    seen = (
+        "model_type hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim intermediate_size "
+        "sliding_window rope_scaling_factor max_length muon_even".split()
+    )
+    names = {*seen, *OF_THE_UPDATE, *OF_THE_MICROBATCH} - set(left_out)
+    return json.dumps({name: getattr(config if name in names else default, name) for name in sorted(names)})
+
+
+@functools.lru_cache(maxsize=64)
+def _microbatch(text: str, vocab_size: int, precision: str, microbatch: int) -> list[Span]:
+    """Return what a microbatch does beside gradients that exist, for all blocks."""
+    config = TrainConfig(**json.loads(text))
+    ledger = Ledger()
+    model = _meta_model(config, vocab_size)
+    like = keep_few_blocks(model)
+    with _without_data():
+        _make_ready(model, config, named_precision(precision))
+        _stand_before(model, ledger)
+        watch_gradients(model, ledger)
+        watch_blocks(model, ledger)
+        # As the full step has it, which fetches a batch at the end of the one before.
+        ledger.spans = [Span(OUTSIDE, "backward")]
+        windows = np.zeros((microbatch, config.max_length), dtype=np.int64)
+        with _phases(ledger), Watch(ledger):
+            accumulate_gradients(
+                model,
+                [(windows, windows)],
+                windows.size,
+                named_precision(precision),
+                loss_chunk_size=config.loss_chunk_size,
+            )
+        return for_all_blocks(ledger.spans, like)
+
+
+@functools.lru_cache(maxsize=16)
+def _update(text: str, vocab_size: int) -> _Update:
+    """Return what an update does where there are moments already."""
+    config = TrainConfig(**json.loads(text))
+    ledger = Ledger()
+    model = _meta_model(config, vocab_size)
+    counts = parameter_counts(model)
+    with _without_data():
+        materialise(model)
+        optimizer = build_optimizer(model, config)
+        _stand_before(model, ledger)
+        kept = _watch_update(optimizer, ledger, config.cpu_offload)
+        if isinstance(optimizer, Muon):
+            _take_stacks_once(optimizer)
+        before = len(ledger.spans)
+        ledger.mark(phase="backward")
+        with Watch(ledger):
+            apply_update(optimizer, torch.full((), torch.nan), 0.0, 1.0)
+    return _Update(*_as_a_later_one(ledger.spans, before, kept), *counts)
+
+
+def _take_stacks_once(optimizer: Muon) -> None:
+    """Let Muon take one stack of every size and shape, and only make the moments of others like it: they need as much."""
+    update = optimizer._update
+    seen: set[Any] = set()
+
+    def once(matrices: list[Matrix], group: dict[str, Any], scale: float) -> None:
+        key = matrices[0].shape, matrices[0].parts, matrices[0].transposed, len(matrices)
+        if key not in seen:
+            seen.add(key)
+            return update(matrices, group, scale)
+        for matrix in matrices:
+            optimizer.state[matrix.parameter]["momentum_buffer"] = torch.zeros_like(matrix.parameter)
+
+    optimizer._update = once  # type: ignore[method-assign]
+
+
+def _as_a_later_one(spans: list[Span], before: int, kept: set[int]) -> tuple[dict[str, int], list[Span]]:
+    """Return what stands before an update, and the update, as if the moments `kept` by this first one had been there."""
+    start = Tally()
+    start.play(spans[:before])
+    here = {
+        number: part for span in spans for number, part, _ in span.events if number in kept
+    }  # the last part counts: the optimizer's, or the host's
+    sizes = {n: size for span in spans for n, _, size in span.events if n in kept and size > 0}
+    for number, part in here.items():
+        start.bytes[part] += sizes[number]
+    later = [
+        Span(span.block, span.phase, [event for event in span.events if event[0] not in kept])
+        for span in spans[before:]
+    ]
+    return start.bytes, later
+
+
+def keep_few_blocks(model: PreTrainedModel) -> list[int]:
+    """Leave `model` the first two blocks of each kind and the last one; return for every block the number of its like.
+
+    The first of a kind is the last in the backward pass, where what its kind shares (rotations of positions) is freed;
+    the output of the last one is freed outside of all blocks.
+    """
+    all_blocks = blocks(model)
+    settings: Any = model.config
+    kinds = list(getattr(settings, "layer_types", None) or ["alike"] * len(all_blocks))
+    of_kind = {kind: [n for n, other in enumerate(kinds) if other == kind] for kind in kinds}
+    chosen = sorted({len(kinds) - 1, *(number for numbers in of_kind.values() for number in numbers[:2])})
+    decoder: Any = body(model)
+    setattr(decoder, "h" if hasattr(decoder, "h") else "layers", nn.ModuleList(all_blocks[n] for n in chosen))
+    settings.num_hidden_layers = len(chosen)
+    if getattr(settings, "layer_types", None):
+        settings.layer_types = [kinds[number] for number in chosen]
+    return [chosen.index(n if n in chosen else of_kind[kind][1]) for n, kind in enumerate(kinds)]
+
+
+def _stand_before(model: PreTrainedModel, ledger: Ledger) -> None:
+    """Count weights, and gradients of microbatches before."""
+    for tensor in [*model.parameters(), *model.buffers()]:
+        ledger.add(tensor, "weights")
+    for parameter in model.parameters():
+        parameter.grad = torch.empty_like(parameter)
+        ledger.add(parameter.grad, "gradients")
+
+
+def _meta_model(config: TrainConfig, vocab_size: int) -> PreTrainedModel:
     with torch.device("meta"):
-        model = build_model(config, vocab_size, pad_id=0, bos_id=1, eos_id=2, seed=0)
-    blocks, embedding = parameter_counts(model)
-    ledger = _Ledger()
+        return build_model(config, vocab_size, pad_id=0, bos_id=1, eos_id=2, seed=0)
+
+
+def _make_ready(model: PreTrainedModel, config: TrainConfig, precision: Precision) -> None:
+    """Give `model` memory, and make it what training makes of it on a device with good kernels."""
+    materialise(model)
+    eager = dataclasses.replace(config, compile="off")
+    boundary = document_boundary(model.config) if config.document_mask else None
+    prepare_model(model, eager, torch.device("cpu"), precision, attention=planned_attention(config, boundary))
+
+
+@contextlib.contextmanager
+def _without_data() -> Iterator[None]:
+    """Make tensors that have no data; fills of new memory, which are no part of a step's work, are left out."""
     deterministic = torch.are_deterministic_algorithms_enabled()
-    hook_before = step_module.fault_hook
     try:
-        torch.use_deterministic_algorithms(False)  # its fills of new memory are no part of a step's work
+        torch.use_deterministic_algorithms(False)
         with FakeTensorMode(allow_non_fake_inputs=True):
-            materialise(model)
-            eager = dataclasses.replace(config, compile="off")
-            boundary = document_boundary(model.config) if config.document_mask else None
-            attention = planned_attention(config, boundary)
-            prepare_model(model, eager, torch.device("cpu"), precision, attention=attention)
-            optimizer = build_optimizer(model, config)
-            watch_parts(model, optimizer, ledger, config.cpu_offload)
-            step_module.fault_hook = lambda _index, phase: setattr(ledger, "phase", phase)
-            with _Watch(ledger):
-                state = cast(Any, SimpleNamespace(model=model, optimizer=optimizer))
-                try_step(state, precision, microbatch, config.max_length, config.loss_chunk_size)
+            yield
     finally:
-        step_module.fault_hook = hook_before
         torch.use_deterministic_algorithms(deterministic)
-    return Peak(ledger.worst, ledger.worst_parts, ledger.worst_phase, ledger.worst_host, blocks, embedding)
 
 
-def materialise(model: nn.Module) -> None:
+@contextlib.contextmanager
+def _phases(ledger: Ledger) -> Iterator[None]:
+    """Mark forward and backward passes as they begin."""
+    before = step_module.fault_hook
+    step_module.fault_hook = lambda _index, phase: ledger.mark(phase=phase)
+    try:
+        yield
+    finally:
+        step_module.fault_hook = before
+
+
+def materialise(model: PreTrainedModel) -> None:
     """Give every parameter and buffer of a model on the meta device memory of its own on the CPU, ties kept."""
     for module in model.modules():
         for name, parameter in list(module._parameters.items()):
@@ -152,30 +298,27 @@ def materialise(model: nn.Module) -> None:
         for name, buffer in list(module._buffers.items()):
             if buffer is not None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
-    model.tie_weights()  # type: ignore[operator]
+    model.tie_weights()
 
 
-def watch_parts(model: nn.Module, optimizer: torch.optim.Optimizer, ledger: _Ledger, on_host: bool) -> None:
-    """Count the weights now, gradients and moments as they come; `on_host`: what the update makes is the host's."""
-    for tensor in [*model.parameters(), *model.buffers()]:
-        ledger.add(tensor, "weights")
+def _watch_update(optimizer: torch.optim.Optimizer, ledger: Ledger, on_host: bool) -> set[int]:
+    """Mark updates, and count moments as such; `on_host`: what the update makes is the host's.
 
-    def gradient_made(parameter: torch.Tensor) -> None:
-        assert parameter.grad is not None
-        ledger.add(parameter.grad, "gradients")
+    Returns:
+        The numbers of the storages that moments are in, once an update has been done.
+    """
+    kept: set[int] = set()
 
-    for parameter in model.parameters():
-        parameter.register_post_accumulate_grad_hook(gradient_made)
+    def begin(*_: Any) -> None:
+        ledger.mark(phase=HOST if on_host else "update")
 
-    def begin_update(*_: Any) -> None:
-        ledger.phase = HOST if on_host else "update"
-
-    def end_update(*_: Any) -> None:
+    def end(*_: Any) -> None:
         for state in optimizer.state.values():
             for value in state.values():
                 if isinstance(value, torch.Tensor):
-                    ledger.add(value, HOST if on_host else "optimizer")
-        ledger.phase = "forward"  # the evaluation batch comes next
+                    kept.add(ledger.add(value, HOST if on_host else "optimizer"))
+        ledger.mark(phase="forward")  # the evaluation batch comes next
 
-    optimizer.register_step_pre_hook(begin_update)
-    optimizer.register_step_post_hook(end_update)
+    optimizer.register_step_pre_hook(begin)
+    optimizer.register_step_post_hook(end)
+    return kept
