@@ -16,7 +16,8 @@ given beside it: they depend less on who else is there.
   one's, data loader included. hf_compiled: the same with `torch_compile`. hf_loop: the model and its loss without Trainer.
 * floor: the matrix products of every linear layer and of the head (1,024 rows at a time), forward and twice backward, into
   memory that is there already, and the attention forward and backward, on the same shapes, and nothing else: no
-  optimizer, no norms. Layers with a window shorter than a sample attend as Ekiden's do, in chunks; all others causally.
+  optimizer, no norms. PyTorch's attention: layers with a window shorter than a sample in chunks, all others causally.
+  floor_own: the same with Ekiden's own attention kernel (fp32 on a CPU with AVX-512).
 
 The last line printed is one JSON object; `tokens_per_s` is tokens / fastest wall seconds. `peak_rss_bytes` is the most memory
 that the contender's process has had (Linux), libraries and compiler included. Long samples, of as many tokens a step:
@@ -27,6 +28,7 @@ that the contender's process has had (Linux), libraries and compiler included. L
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import importlib.util
 import json
@@ -49,7 +51,8 @@ import torch.nn.functional as F
 import transformers
 
 from ekiden.config import TrainConfig, build_config
-from ekiden.modeling.attention import attend_in_chunks, choose_attention
+from ekiden.modeling import kernels
+from ekiden.modeling.attention import CANDIDATES, OWN, attend_in_chunks, choose_attention
 from ekiden.modeling.build import build_model, parameter_counts
 from ekiden.modeling.device import (
     Precision,
@@ -235,8 +238,12 @@ def nanogpt_step(setting: Setting) -> Step:
     return usual_step(setting, model, lambda: compiled(inputs, targets)[1])
 
 
-def floor_step(setting: Setting) -> Step:
-    """Return the products and the attention alone, with the same memory settings as Ekiden's."""
+def floor_step(setting: Setting, own: bool) -> Step:
+    """Return the products and the attention alone, with the same memory settings as Ekiden's.
+
+    Args:
+        own: attend with Ekiden's kernel, not PyTorch's.
+    """
     if setting.device.type == "cpu":
         keep_freed_memory()
     config, dtype, device = setting.config, setting.precision.dtype, setting.device
@@ -264,6 +271,10 @@ def floor_step(setting: Setting) -> Step:
     q, k, v = (random(shape, requires_grad=True) for shape in (query, key, key))
     upstream = random(query)
     attention = choose_attention(config, device, setting.precision)
+    if own != (attention.causal == OWN):
+        if own:
+            raise SystemExit("there is no attention kernel of Ekiden's own here; leave floor_own out")
+        attention = dataclasses.replace(attention, causal=CANDIDATES[0])
     rest = attention.masks(setting.tensors()[0], dtype)["rest"]
 
     def step() -> float:
@@ -273,6 +284,11 @@ def floor_step(setting: Setting) -> Step:
                 torch.mm(y, w.T, out=x_gradient)
                 torch.mm(x.T, y, out=w_gradient)
         for layer in range(config.num_hidden_layers):
+            if own:
+                window = config.sliding_window if not gpt2 and (layer + 1) % 6 else None
+                made = kernels.attention(q, k, v, window=window)
+                torch.autograd.grad(made, (q, k, v), upstream)
+                continue
             if rest is not None and (layer + 1) % 6:
                 made = attend_in_chunks(attention, q, k, v, config.sliding_window, None, rest, None)
                 torch.autograd.grad(made, (q, k, v), upstream.transpose(1, 2))
@@ -287,6 +303,8 @@ def floor_step(setting: Setting) -> Step:
 def names_of(options: argparse.Namespace) -> list[str]:
     """Return who takes part."""
     names = ["floor", "ekiden", "hf", "hf_loop"]
+    if options.precision == "fp32" and kernels.library() and not torch.cuda.is_available():
+        names.insert(1, "floor_own")
     if not options.no_compile:
         names += ["ekiden_eager", "hf_compiled"]
         names += ["nanogpt"] if options.model.startswith("gpt2") and options.nanogpt else []
@@ -319,7 +337,8 @@ def work(setting: Setting, options: argparse.Namespace) -> None:
     if options.worker in ("hf", "hf_compiled"):
         run_trainer(setting, options.worker == "hf_compiled", turn)
     makers: dict[str, Callable[[], Step]] = {
-        "floor": lambda: floor_step(setting),
+        "floor": lambda: floor_step(setting, own=False),
+        "floor_own": lambda: floor_step(setting, own=True),
         "ekiden": lambda: ekiden_step(setting, compiled=not options.no_compile),
         "ekiden_eager": lambda: ekiden_step(setting, compiled=False),
         "hf_loop": lambda: huggingface_loop(setting),
@@ -329,7 +348,7 @@ def work(setting: Setting, options: argparse.Namespace) -> None:
     while True:
         turn()
         loss = step()
-        if math.isnan(loss) and options.worker != "floor":
+        if math.isnan(loss) and not options.worker.startswith("floor"):
             raise SystemExit(f"{options.worker}: the loss is not a number")
 
 
@@ -459,7 +478,7 @@ def show(
         "rounds": options.rounds,
         "tokens_per_step": setting.tokens,
     }
-    for name in ("ekiden", "ekiden_eager", "nanogpt", "hf", "hf_compiled", "hf_loop", "floor"):
+    for name in ("ekiden", "ekiden_eager", "nanogpt", "hf", "hf_compiled", "hf_loop", "floor", "floor_own"):
         found = figures.get(name)
         result[f"{name}_tokens_per_s"] = round(setting.tokens / found["seconds"]) if found else None
     for key in ("seconds", "median_seconds", "cpu_seconds") if own else ():

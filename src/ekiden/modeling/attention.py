@@ -4,7 +4,8 @@ transformers makes a dense T x T mask for local layers, and under `torch.compile
 takes; without a compiler it asks the device twice in every forward pass whether positions begin anew. Here
 
 * full layers, and local ones of at most a window, are plainly causal, without a mask;
-* longer local layers attend in chunks: the first window causally, then every chunk of queries to itself and the window
+* on a CPU with AVX-512 a kernel of our own takes fp32 and the windows of local layers too (`kernels`);
+* elsewhere longer local layers attend in chunks: the first window causally, then every chunk of queries to itself and the window
   before it, under one small mask that all chunks share. Exact, on any device; T x 1.5 window instead of T x T.
 * with `document_mask` no token attends to another document.
 
@@ -31,6 +32,7 @@ from transformers.masking_utils import sdpa_mask
 
 from ekiden.config import TrainConfig
 from ekiden.errors import UserError
+from ekiden.modeling import kernels
 from ekiden.modeling.device import Precision
 
 NAME = "ekiden"
@@ -47,19 +49,24 @@ class Kernel:
     """A way to compute scaled dot-product attention.
 
     Attributes:
-        backend: PyTorch's implementation. grouped: it reads key/value heads that queries share; else they are copied.
+        backend: PyTorch's implementation; None: Ekiden's own (`kernels`).
+        grouped: it reads key/value heads that queries share; else they are copied.
     """
 
-    backend: SDPBackend
+    backend: SDPBackend | None
     grouped: bool = True
 
     @property
     def name(self) -> str:
         """In a word or two, as the start of a run prints it."""
+        if self.backend is None:
+            return "own AVX-512"
         word = {SDPBackend.EFFICIENT_ATTENTION: "memory-efficient", SDPBackend.CUDNN_ATTENTION: "cudnn"}
         return word.get(self.backend, self.backend.name.split("_")[0].lower())
 
 
+OWN = Kernel(None)
+"""For fp32 on a CPU with AVX-512, without a mask; it also takes windows."""
 MATH = Kernel(SDPBackend.MATH, grouped=False)
 """What the others are compared with, and the last resort: plain products and a softmax, T x T numbers a head."""
 CANDIDATES = (
@@ -94,11 +101,18 @@ class Attention:
             return self.causal.name
         return f"{self.causal.name}, {self.masked.name} with a mask"
 
+    @property
+    def takes_windows(self) -> bool:
+        """Whether local layers need no mask either, however long."""
+        return self.causal.backend is None and self.boundary is None
+
     def masks(self, input_ids: torch.Tensor, dtype: torch.dtype) -> Masks:
         """Return the masks that windows of token ids [b, T] need, in the type of the queries."""
         length, device = input_ids.shape[1], input_ids.device
         long = self.window is not None and length > self.window
         found: Masks = {"full": None, "first": None, "rest": None}
+        if self.takes_windows:
+            return found
         documents = None if self.boundary is None else document_numbers(input_ids, *self.boundary)
         if documents is not None:
             positions = torch.arange(length, device=device)
@@ -202,6 +216,8 @@ def _forward(
     window = attention.window
     if sliding_window is None or window is None or query.shape[2] <= window:
         return _attend(attention, query, key, value, ekiden_masks["full"], scaling).transpose(1, 2), None
+    if attention.takes_windows:
+        return kernels.attention(query, key, value, scaling, window).transpose(1, 2), None
     first = ekiden_masks["first"]
     rest = ekiden_masks["rest"]
     assert rest is not None
@@ -235,6 +251,10 @@ def run_kernel(
     Raises:
         RuntimeError: it does not take these shapes on this device.
     """
+    if kernel.backend is None:
+        if mask is not None:
+            raise RuntimeError("the attention kernel takes no mask")
+        return kernels.attention(query, key, value, scaling)
     groups = query.shape[1] // key.shape[1]
     if groups > 1 and not kernel.grouped:
         key, value = repeat_kv(key, groups), repeat_kv(value, groups)
@@ -349,7 +369,8 @@ def choose_attention(
     shape = heads, groups, width, min(config.max_length, 256)
 
     def first_right(masked: bool) -> Kernel:
-        for kernel in candidates:
+        own = (OWN,) if not masked and kernels.attends(device, precision.dtype, width) else ()
+        for kernel in (*own, *candidates):
             if (heads != groups or kernel.grouped) and _is_right(
                 kernel, shape, masked, device, precision.dtype, run
             ):

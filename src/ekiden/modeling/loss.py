@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
+from ekiden.modeling.kernels import softmax_kernel
+
 IGNORE = -100
 LOGIT_BYTES = 256 << 20
 """fp32 logits of a chunk at most. Fewer rows make the products slow, more cost memory (CPU, V 262144, 4,096 tokens:
@@ -142,19 +144,29 @@ def softmax_minus_target(
             then. Without, the logits are lost all the same.
     """
     losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
-    for part in _slices(logits.shape[0], _block_rows(logits), logits):
+    kernel = softmax_kernel(logits)
+    whole = kernel is not None and logits.dtype == torch.float32
+    for part in _slices(logits.shape[0], max(1, logits.shape[0]) if whole else _block_rows(logits), logits):
         block = logits[part].float()  # the logits themselves, where they are fp32
-        index = targets[part].clamp(min=0).unsqueeze(1)
-        torch.log_softmax(block, dim=-1, out=block)
-        losses[part] = block.gather(1, index).squeeze(1)
-        if not write:
-            continue
-        block.exp_().scatter_add_(1, index, torch.full_like(index, -1, dtype=torch.float32))
-        if factor is not None:
+        index = targets[part].clamp(min=0)
+        if kernel:
+            losses[part] = kernel(block, index, write)
+        else:
+            losses[part] = _softmax_minus_target(block, index.unsqueeze(1), write)
+        if write and factor is not None:
             block.mul_(factor)
-        if block.dtype != logits.dtype:
+        if write and block.dtype != logits.dtype:
             logits[part] = block
-    return losses.neg_().masked_fill_(targets == IGNORE, 0)
+    return losses.masked_fill_(targets == IGNORE, 0)
+
+
+def _softmax_minus_target(block: torch.Tensor, index: torch.Tensor, write: bool) -> torch.Tensor:
+    """Return the losses [n] of fp32 logits [n, V] and targets [n, 1], the gradient left in the logits' place if `write`."""
+    torch.log_softmax(block, dim=-1, out=block)
+    losses = block.gather(1, index).squeeze(1).neg_()
+    if write:
+        block.exp_().scatter_add_(1, index, torch.full_like(index, -1, dtype=torch.float32))
+    return losses
 
 
 def _block_rows(logits: torch.Tensor) -> int:

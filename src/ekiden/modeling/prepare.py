@@ -21,6 +21,9 @@ from ekiden.modeling.fast_parts import install_fast_parts
 from ekiden.modeling.fp16 import protect_from_overflow
 from ekiden.progress import say
 
+ARITHMETIC = 2
+"""Raised with every change of what a step computes that may show in the last bits; a run resumed across it says so."""
+
 
 def prepare_model(
     model: PreTrainedModel,

@@ -10,19 +10,15 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import os
-import platform
-import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 
 import numpy as np
 
+from ekiden.native_code import allowed, compiled, find_compiler
+
 SOURCES = sorted(Path(__file__).with_name("native").glob("*.[ch]"))
 OPTIONS = ["-O3", "-shared", "-fPIC", "-std=c11", "-ffp-contract=off", "-fno-fast-math"]
-COMPILE_SECONDS = 60
 
 _I8, _I32, _I64, _U64 = (
     np.ctypeslib.ndpointer(kind, flags="C_CONTIGUOUS") for kind in (np.uint8, np.int32, np.int64, np.uint64)
@@ -47,40 +43,14 @@ _FUNCTIONS = {
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """Return the compiled functions; None where there is no compiler, or it does not compile them."""
-    if os.environ.get("EKIDEN_KERNEL") == "0" or platform.machine() not in ("x86_64", "aarch64", "arm64"):
-        return None
-    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None:
+    compiler = find_compiler()
+    if compiler is None or not allowed():
         return None
     try:
-        found = ctypes.CDLL(str(_compiled(compiler)))
+        found = ctypes.CDLL(str(compiled(compiler, SOURCES, OPTIONS)))
     except (OSError, subprocess.SubprocessError):
         return None
     for name, (result, arguments) in _FUNCTIONS.items():
         function = getattr(found, name)
         function.restype, function.argtypes = result, arguments
     return found
-
-
-def _compiled(compiler: str) -> Path:
-    """Return the shared library, compiling it where this machine has none.
-
-    Raises:
-        OSError, subprocess.SubprocessError: it cannot be compiled or kept.
-    """
-    source = b"".join(path.read_bytes() for path in SOURCES)
-    what = " ".join([*OPTIONS, os.path.realpath(compiler), platform.machine(), platform.system()])
-    name = hashlib.sha256(source + what.encode()).hexdigest()
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ekiden"
-    path = folder / f"kernel-{name[:24]}.so"
-    if path.exists() and path.stat().st_uid == os.getuid():
-        return path
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        made = Path(temporary) / "kernel.so"
-        subprocess.run(
-            [compiler, *OPTIONS, *(str(path) for path in SOURCES if path.suffix == ".c"), "-o", str(made)],
-            check=True, capture_output=True, timeout=COMPILE_SECONDS,
-        )  # fmt: skip
-        made.replace(path)  # at once: another process may be loading it
-    return path

@@ -24,6 +24,8 @@ from ekiden.config import TrainConfig
 from ekiden.modeling.build import parameter_counts
 from ekiden.modeling.device import Precision, available_cores, peak_flops
 from ekiden.modeling.flops import flops_per_token
+from ekiden.modeling.kernels import library
+from ekiden.modeling.prepare import ARITHMETIC
 from ekiden.training.ranks import Ranks
 from ekiden.training.state import TrainingState
 
@@ -69,11 +71,14 @@ def environment(device: torch.device, precision: Precision, threads: int, compil
         "device": name,
         "precision": precision.name,
         "compiled": compiled,
+        "arithmetic": ARITHMETIC,
         "torch": str(torch.__version__),
         "transformers": transformers.__version__,
         "ekiden": ekiden.__version__,
     }
-    return facts | ({"threads": threads} if device.type == "cpu" else {})
+    if device.type != "cpu":
+        return facts
+    return facts | {"threads": threads, "kernels": "own" if library() else "PyTorch's"}
 
 
 def sums_of(config: TrainConfig, ranks: Ranks, sharded: bool) -> dict[str, Any]:

@@ -1,0 +1,218 @@
+"""Attention and the softmax of the loss in C (`native/`), for fp32 on processors with AVX-512, where there is a C compiler.
+
+Compiled once for a machine (two seconds), with the instructions that all processors of this kind have, so that every one of
+them computes the same numbers; the number of threads changes none. On AVX2 PyTorch's own kernels were the faster ones
+(docs/performance.md). `modeling.attention` has this one tried before PyTorch's, `modeling.loss` asks `softmax_kernel`. With
+EKIDEN_KERNEL=0, or without a compiler, PyTorch's are used, and results differ in their last bits.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
+from ekiden.native_code import allowed, compiled, find_compiler
+
+SOURCES = sorted(Path(__file__).with_name("native").glob("*.[ch]"))
+OPTIONS = [
+    "-O3", "-std=gnu11", "-shared", "-fPIC", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno",
+    "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma",
+]  # fmt: skip
+LANES, MOST_UNITS = 16, 128
+"""Units a head are a multiple of one (a register) and not above the other, where PyTorch's attention is the faster one."""
+
+_NUMBER, _POINTER = ctypes.c_int64, ctypes.c_void_p
+
+
+class _Shape(ctypes.Structure):
+    """`shape` of native/attention.c."""
+
+    _fields_ = [
+        *((name, _NUMBER) for name in ("batch", "heads", "groups", "tokens", "units", "window")),
+        *((name, _NUMBER * 3) for name in ("q", "k", "v", "o", "g")),
+        ("threads", _NUMBER),
+        ("scale", ctypes.c_float),
+    ]
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """Return the compiled functions; None where the processor or the compiler is not there, or it does not compile them."""
+    compiler = find_compiler()
+    if compiler is None or not allowed() or torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return None
+    try:
+        found = ctypes.CDLL(str(compiled(compiler, SOURCES, OPTIONS, ["-lm"])))
+    except (OSError, subprocess.SubprocessError):
+        return None
+    found.attention_forward.argtypes = [ctypes.POINTER(_Shape), *[_POINTER] * 5]
+    found.attention_backward.argtypes = [ctypes.POINTER(_Shape), *[_POINTER] * 9]
+    found.softmax_minus_target.argtypes = [_POINTER, *[_NUMBER] * 3, *[_POINTER] * 2, *[_NUMBER] * 2]
+    for function in (found.attention_forward, found.attention_backward, found.softmax_minus_target):
+        function.restype = None
+    return found
+
+
+# -- attention --------------------------------------------------------------------------------------------------
+
+
+def attends(device: torch.device, dtype: torch.dtype, units: int) -> bool:
+    """Return whether `attention` computes heads of `units` here."""
+    fits = units % LANES == 0 and units <= MOST_UNITS
+    return device.type == "cpu" and dtype == torch.float32 and fits and library() is not None
+
+
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float | None = None,
+    window: int | None = None,
+) -> torch.Tensor:
+    """Return causal attention [b, h, T, d] of query [b, h, T, d] and key, value [b, g, T, d], g dividing h.
+
+    Args:
+        scaling: of the scores; None: 1 / sqrt(d). window: tokens that each one sees, itself included; None: all before it.
+
+    Raises:
+        RuntimeError: not for this type, device or width.
+    """
+    length, units = query.shape[2:]
+    scale = 1 / math.sqrt(units) if scaling is None else scaling
+    return _attention(query, key, value, scale, min(window or length, length))[0]
+
+
+def _shape_of(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    upstream: torch.Tensor,
+    scale: float,
+    window: int,
+) -> _Shape:
+    batch, heads, length, units = query.shape
+    strides = [(_NUMBER * 3)(*t.stride()[:3]) for t in (query, key, value, out, upstream)]
+    return _Shape(batch, heads, key.shape[1], length, units, window, *strides, torch.get_num_threads(), scale)
+
+
+def _rows(tensor: torch.Tensor) -> torch.Tensor:
+    """Return it with the numbers of a row side by side."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _pointers(*tensors: torch.Tensor) -> list[int]:
+    return [tensor.data_ptr() for tensor in tensors]
+
+
+@torch.library.custom_op("ekiden::attention", mutates_args=(), device_types="cpu")
+def _attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, window: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the output [b, h, T, d], laid out [b, T, h, d], and the logarithms of the softmax's sums [b, h, T]."""
+    found = library()  # not asked in `attention`, which a compiler reads
+    fits = attends(query.device, query.dtype, query.shape[3]) and query.shape[2] == key.shape[2]
+    if found is None or not fits:
+        raise RuntimeError(
+            "the attention kernel takes fp32 on a CPU with AVX-512, heads of 16, 32 ... 128 units"
+        )
+    query, key, value = _rows(query), _rows(key), _rows(value)
+    out, sums = _outputs(query, key, value, scale, window)
+    shape = _shape_of(query, key, value, out, out, scale, window)
+    found.attention_forward(ctypes.byref(shape), *_pointers(query, key, value, out, sums))
+    return out, sums
+
+
+@_attention.register_fake
+def _outputs(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, window: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    batch, heads, length, units = query.shape
+    return query.new_empty((batch, length, heads, units)).transpose(1, 2), query.new_empty(
+        (batch, heads, length)
+    )
+
+
+@torch.library.custom_op("ekiden::attention_backward", mutates_args=(), device_types="cpu")
+def _attention_backward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    upstream: torch.Tensor,
+    sums: torch.Tensor,
+    scale: float,
+    window: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the gradients of query, key and value, laid out [b, T, heads, d]."""
+    found = library()
+    assert found is not None
+    query, key, value, out, upstream = (_rows(t) for t in (query, key, value, out, upstream))
+    batch, heads, length, units = query.shape
+    made = [query.new_empty((batch, length, heads, units)) for _ in range(3)]
+    shape = _shape_of(query, key, value, out, upstream, scale, window)
+    found.attention_backward(
+        ctypes.byref(shape), *_pointers(query, key, value, out, upstream, sums.contiguous(), *made)
+    )
+    groups = key.shape[1]
+    if groups != heads:  # the kernel's are those of every query head by itself
+        made[1:] = [gradient.unflatten(2, (groups, heads // groups)).sum(3) for gradient in made[1:]]
+    return made[0].transpose(1, 2), made[1].transpose(1, 2), made[2].transpose(1, 2)
+
+
+@_attention_backward.register_fake
+def _gradients(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_others: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def like(tensor: torch.Tensor) -> torch.Tensor:
+        batch, heads, length, units = tensor.shape
+        return tensor.new_empty((batch, length, heads, units)).transpose(1, 2)
+
+    return like(query), like(key), like(value)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    query, key, value, ctx.scale, ctx.window = inputs
+    ctx.save_for_backward(query, key, value, *output)
+
+
+def _backward(ctx: Any, upstream: torch.Tensor, _sums: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    query, key, value, out, sums = ctx.saved_tensors
+    return *_attention_backward(query, key, value, out, upstream, sums, ctx.scale, ctx.window), None, None
+
+
+_attention.register_autograd(_backward, setup_context=_save)
+
+# -- the loss ---------------------------------------------------------------------------------------------------
+
+
+def softmax_kernel(logits: torch.Tensor) -> Callable[[torch.Tensor, torch.Tensor, bool], torch.Tensor] | None:
+    """Return what takes fp32 blocks of these `logits`, as `_softmax_minus_target`; None where PyTorch has to do it."""
+    real = not isinstance(logits, FakeTensor) and logits.device.type == "cpu"
+    fits = real and logits.stride(-1) == 1 and logits.dtype != torch.float64
+    return _softmax_minus_target if fits and library() is not None else None
+
+
+def _softmax_minus_target(logits: torch.Tensor, targets: torch.Tensor, write: bool) -> torch.Tensor:
+    """Return -log softmax(logits)[target] of every row [n]; with `write` softmax - onehot stands in the logits' place.
+
+    Args:
+        logits: fp32 [n, V], lost where `write` is false. targets: int64 [n], all within 0 to V - 1.
+    """
+    found = library()
+    assert found is not None
+    rows, pieces = logits.shape
+    targets = targets.contiguous()
+    losses = logits.new_empty(rows)
+    found.softmax_minus_target(
+        logits.data_ptr(), rows, pieces, logits.stride(0), targets.data_ptr(), losses.data_ptr(), write, torch.get_num_threads()
+    )  # fmt: skip
+    return losses
