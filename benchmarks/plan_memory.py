@@ -4,6 +4,9 @@
 
 On a GPU the measured peak is what PyTorch had allocated; on a CPU it is the growth of the process (Linux), with the C
 library told to give memory back at once. Each is the second step, with moments there. The last line is one JSON object.
+
+`--only-trace` measures nothing and says what predicting costs, in this process's CPU seconds: imports, the trace, and with
+`--full` the trace that runs every block and every pass, which has to give the same bytes.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,9 +23,9 @@ import torch
 
 from ekiden.config import TrainConfig, build_config
 from ekiden.modeling.build import build_model
-from ekiden.modeling.device import Precision, select_device, select_precision
+from ekiden.modeling.device import Precision, named_precision, select_device, select_precision
 from ekiden.modeling.prepare import prepare_model
-from ekiden.planning.trace import traced_peak
+from ekiden.planning.trace import fully_traced_peak, traced_peak
 from ekiden.training.memory import try_step
 from ekiden.training.optimizer import build_optimizer
 
@@ -72,25 +76,43 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--set", nargs="*", default=[], help="field=value of TrainConfig")
+    parser.add_argument("--only-trace", action="store_true")
+    parser.add_argument("--full", action="store_true")
     options = parser.parse_args()
+    imports = time.process_time()
     changes = dict(pair.split("=", 1) for pair in options.set)
     config = build_config(options.preset, batch_size=options.batch_size, **changes)
-    device = select_device("auto")
-    precision = select_precision(device, options.precision)
-    measured = measured_peak(config, options.vocab_size, precision, device)
-    peak = traced_peak(config, options.vocab_size, precision, config.batch_size)
+    device = select_device("cpu" if options.only_trace else "auto")
+    if options.only_trace and options.precision != "auto":
+        precision = named_precision(options.precision)  # whatever this machine has
+    else:
+        precision = select_precision(device, options.precision)
     result = {
         **vars(options),
         "precision": precision.name,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "torch": torch.__version__,
-        "measured_bytes": measured,
+        "import_cpu_s": round(imports, 2),
+    }
+    began = time.process_time()
+    if not options.only_trace:
+        result["measured_bytes"] = measured_peak(config, options.vocab_size, precision, device)
+        began = time.process_time()
+    peak = traced_peak(config, options.vocab_size, precision, config.batch_size)
+    result |= {
+        "trace_cpu_s": round(time.process_time() - began, 2),
         "predicted_bytes": peak.total,
         "predicted_parts": peak.parts,
         "predicted_host_bytes": peak.host,
-        # On a CPU the host's memory is the device's.
-        "predicted_over_measured": (peak.total + (peak.host if device.type == "cpu" else 0)) / measured,
     }
+    if options.full:
+        began = time.process_time()
+        full = fully_traced_peak(config, options.vocab_size, precision, config.batch_size)
+        result |= {"full_trace_cpu_s": round(time.process_time() - began, 2), "same": full == peak}
+    if not options.only_trace:
+        # On a CPU the host's memory is the device's.
+        predicted = peak.total + (peak.host if device.type == "cpu" else 0)
+        result["predicted_over_measured"] = predicted / result["measured_bytes"]
     print(json.dumps(result))
 
 

@@ -106,6 +106,9 @@ def train(recipe: str | None, list_presets: bool, **settings: Any) -> None:
     "--tokens", type=CountType(), help="Tokens of the whole run, as 1B; without it max_steps counts."
 )
 @click.option(
+    "--text", default="", help="Size of the text instead, as 20GB: a token is taken as 4 bytes of it."
+)
+@click.option(
     "--disk", default="", help="Room for the run directory, as 100GB.  [default: Kaggle's 20 GB on t4, t4x2]"
 )
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a plan, one a line.")
@@ -118,11 +121,15 @@ def plan(recipe: str | None, **options: Any) -> None:
 
     Example: ekiden plan gemma3-1b --device t4x2 --device a10g --vocab-size 64000 --tokens 1B
     """
-    own = {name: options.pop(name) for name in ("plan_devices", "vocab_size", "tokens", "disk", "as_json")}
+    own = {
+        name: options.pop(name)
+        for name in ("plan_devices", "vocab_size", "tokens", "text", "disk", "as_json")
+    }
     config = build_config(
         recipe, **{name: value for name, value in options.items() if value not in (None, ())}
     )
     from ekiden.planning.plan import plans
 
-    for made in plans(config, own["plan_devices"] or ("cpu",), own["vocab_size"], own["tokens"], own["disk"]):
+    devices = own["plan_devices"] or ("cpu",)
+    for made in plans(config, devices, own["vocab_size"], own["tokens"], own["disk"], own["text"]):
         click.echo(json.dumps(made.as_dict()) if own["as_json"] else made.text() + "\n")

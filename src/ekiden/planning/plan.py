@@ -17,11 +17,12 @@ from ekiden.config_checks import AUTO
 from ekiden.errors import UsageError
 from ekiden.modeling.device import Precision, named_precision
 from ekiden.modeling.flops import flops_per_token
-from ekiden.planning.devices import GIB, PARALLEL_SHARE, Machine, find_machine, machine_flops
+from ekiden.planning.devices import PARALLEL_SHARE, Machine, find_machine, machine_flops
 from ekiden.planning.trace import Peak, traced_peak
-from ekiden.progress import human_count, human_duration, say
+from ekiden.planning.words import flags, plan_text
+from ekiden.progress import say
 from ekiden.tokens.format import TokenDataset
-from ekiden.training.recipe import describe_recipe
+from ekiden.training.order import steps_of_epochs
 from ekiden.values import parse_bytes, parse_duration
 
 Tracer = Callable[[TrainConfig, int, Precision, int], Peak]
@@ -35,17 +36,20 @@ REMEDIES: tuple[dict[str, Any], ...] = (
 )
 """Settings that make room, in the order they are tried, each also with smaller microbatches: first what changes no
 result, then what changes its last digits, then what is slow."""
+BATCH = ("batch_size", "gradient_accumulation_steps")
 RECOMPUTED = 4 / 3
 """Arithmetic of a step whose activations are computed twice: forward, forward again, and a backward pass of two."""
 DEFAULT_VOCABULARY = 16_000
-CHINCHILLA = 20
-"""Tokens a parameter that a training run of given cost should see (Hoffmann et al. 2022, arXiv:2203.15556)."""
+BYTES_PER_TOKEN = 4
+"""Of text, where only its size is known: assumed."""
 
 
 @dataclass
 class Plan:
     """What a run needs. Bytes, seconds; a change is {setting: value}; None: not known or not needed.
 
+    least_bytes: the smallest peak that was found with any settings. asked: the settings as they were given; `config` says
+    what one device does.
     says_recipe: whether `text` ends with the recipe, which is the same on every device.
     """
 
@@ -64,6 +68,8 @@ class Plan:
     run_bytes: int
     disk_bytes: int | None
     session_seconds: float | None
+    least_bytes: int
+    asked: TrainConfig
     says_recipe: bool = True
 
     @property
@@ -116,71 +122,7 @@ class Plan:
 
     def text(self) -> str:
         """Return the plan for people."""
-        machine, peak = self.machine, self.peak
-        gpus = f"{machine.count} x {machine.title}" if machine.name != "cpu" else "this machine's CPU"
-        lines = [
-            f"{self.config.preset} on {machine.name} ({gpus}, {self.precision}), vocabulary {self.vocab_size:,}",
-            _line(
-                "parameters",
-                f"{human_count(peak.blocks)} in blocks + {human_count(peak.embedding)} in the embedding = "
-                f"{human_count(self.parameters)}",
-            ),
-            _line(
-                "memory",
-                f"{_gib(peak.total)} at the worst moment ({peak.during}) with {self.config.batch_size} x "
-                f"{self.config.max_length} tokens: {_parts(peak)}",
-            ),
-            _line("", self._verdict()),
-            _line("speed", self._speed()),
-            _line("time", self._time()),
-            _line("disk", self._disk()),
-        ]
-        return "\n".join([*lines, *(describe_recipe(self.config) if self.says_recipe else [])])
-
-    def _verdict(self) -> str:
-        usable = f"{_gib(self.machine.usable_bytes)} of {_gib(self.machine.total_bytes)} can be planned with"
-        if self.fits:
-            return f"fits: {usable}"
-        if self.change is None or self.changed_peak is None:
-            return f"DOES NOT FIT: {usable}, and no setting makes it fit; lower --max-length or choose a smaller preset"
-        flags = " ".join(_flag(name, value) for name, value in self.change.items())
-        host = f" and {_gib(self.changed_peak.host)} of the host's" if self.changed_peak.host else ""
-        return f"DOES NOT FIT: {usable}; it fits with {flags} ({_gib(self.changed_peak.total)}{host}), same global batch"
-
-    def _speed(self) -> str:
-        least = min(size for size, _ in self.machine.efficiency)
-        smaller = f"; for {human_count(least)} parameters: with fewer it may be much less"
-        basis = self.machine.basis + (
-            smaller if self.machine.name != "cpu" and self.parameters < least / 4 else ""
-        )
-        return (
-            f"{human_count(self.tokens_per_second)} tokens/s, at {self.efficiency:.0%} of the peak ({basis})"
-        )
-
-    def _time(self) -> str:
-        if self.seconds is None:
-            tokens = CHINCHILLA * self.parameters
-            duration = human_duration(tokens / self.tokens_per_second)
-            return f"{duration} for {human_count(tokens)} tokens ({CHINCHILLA} a parameter); give --tokens or --max-steps"
-        text = f"{human_duration(self.seconds)} for {human_count(self.tokens or 0)} tokens"
-        if self.sessions is None:
-            return text
-        number = f"{self.sessions} session{'s' if self.sessions > 1 else ''}"
-        return f"{text}: {number} of {human_duration(self.session_seconds or 0)}"
-
-    def _disk(self) -> str:
-        kept = f"{_gb(self.checkpoint_bytes)} a checkpoint, {_gb(self.run_bytes)} for a run that keeps "
-        kept += f"{self.config.max_checkpoints}, with one being written, best/ and final_model/"
-        if self.disk_bytes is None:
-            return kept
-        room = f"of {_gb(self.disk_bytes)}"
-        if self.run_bytes <= self.disk_bytes:
-            return f"{kept}, {room}"
-        weights = 8 * self.parameters
-        number = (self.disk_bytes - weights) // self.checkpoint_bytes - 1
-        if number >= 2:
-            return f"{kept}: TOO MUCH {room}; give --max-checkpoints {number}"
-        return f"{kept}: TOO MUCH {room} for even 2 checkpoints; choose a smaller preset or mirror them elsewhere"
+        return plan_text(self)
 
 
 def make_plan(
@@ -201,21 +143,22 @@ def make_plan(
         UserError, UsageError: no such machine, or nothing that PyTorch runs on; no such precision there.
     """
     machine = find_machine(device)
-    automatic, samples = config.batch_size == AUTO, config.samples_per_step(machine.count)
+    asked, samples = config, config.samples_per_step(machine.count)
     config = on_each_device(config, machine.count)
     precision = named_precision(machine.precision if config.precision == "auto" else config.precision)
     flops = machine_flops(machine, precision)
     say(f"tracing a step of {config.batch_size} x {config.max_length} tokens")
     peak = tracer(config, vocab_size, precision, config.batch_size)
-    fits = peak.total <= machine.usable_bytes
-    change, changed_peak = None, None
-    if not fits:
-        change, changed_peak = smallest_change(config, vocab_size, precision, machine, peak, tracer)
-    if automatic and change and changed_peak and "batch_size" in change and len(change) == 2:
+    found = Change({}, peak, peak.total)
+    if peak.total > machine.usable_bytes:
+        found = smallest_change(config, vocab_size, precision, machine, peak, tracer)
+    if asked.batch_size == AUTO and found.peak and found.settings:
         # A smaller microbatch is what was asked for, and no change.
-        config, peak, fits = dataclasses.replace(config, **change), changed_peak, True
-        change = changed_peak = None
-    final = dataclasses.replace(config, **(change or {}))
+        size = {name: found.settings.pop(name) for name in BATCH if name in found.settings}
+        config = dataclasses.replace(config, **size)
+        peak = peak if found.settings else found.peak
+    fits = found.peak is not None and not found.settings
+    final = dataclasses.replace(config, **found.settings)
     parameters = peak.blocks + peak.embedding
     efficiency = machine.mfu(parameters)
     count = machine.count * (PARALLEL_SHARE if machine.count > 1 else 1)
@@ -223,7 +166,7 @@ def make_plan(
     rate = count * flops * efficiency / (flops_per_token(final, parameters) * again)
     if tokens is None and config.max_steps:
         tokens = config.max_steps * samples * config.max_length
-    checkpoint = 4 * parameters + moment_bytes(final, changed_peak or peak)
+    checkpoint = 4 * parameters + moment_bytes(final, found.peak or peak)
     return Plan(
         config,
         vocab_size,
@@ -231,8 +174,8 @@ def make_plan(
         precision.name,
         peak,
         fits,
-        change,
-        changed_peak,
+        as_asked(found.settings, asked) if found.peak and not fits else None,
+        found.peak if not fits else None,
         rate,
         efficiency,
         tokens,
@@ -241,7 +184,18 @@ def make_plan(
         (config.max_checkpoints + 1) * checkpoint + 8 * parameters,
         disk_bytes if disk_bytes is not None else machine.disk_bytes,
         parse_duration(config.max_time, "--max-time") or machine.session_seconds,
+        found.least,
+        asked,
     )
+
+
+def as_asked(change: dict[str, Any], asked: TrainConfig) -> dict[str, Any]:
+    """Return the settings of `change` that go with those that were asked for, which may say the global batch."""
+    return {
+        name: value
+        for name, value in change.items()
+        if not (asked.global_batch_size and name == "gradient_accumulation_steps")
+    }
 
 
 def on_each_device(config: TrainConfig, devices: int) -> TrainConfig:
@@ -259,57 +213,65 @@ def on_each_device(config: TrainConfig, devices: int) -> TrainConfig:
 
 
 def plans(
-    config: TrainConfig, devices: Iterable[str], vocab_size: int | None, tokens: int | None, disk: str
+    config: TrainConfig,
+    devices: Iterable[str],
+    vocab_size: int | None,
+    tokens: int | None,
+    disk: str,
+    text: str = "",
 ) -> Iterator[Plan]:
     """Yield a plan for each of `devices`, as `ekiden plan` was asked.
 
     Args:
         vocab_size: None: the tokenizer's of `config.dataset_path`, or 16,000. disk: bytes as 100GB; empty: unknown.
+        tokens: None: as `config.max_steps` says, else what `text` (bytes as 20GB) may hold, else the shards' epochs.
 
     Raises:
         UserError, UsageError: as `make_plan`; or there are no shards at `dataset_path`.
     """
     room = parse_bytes(disk, "--disk")
-    if vocab_size is None and config.dataset_path:
-        vocab_size = TokenDataset.open(config.dataset_path).tokenizer().vocab_size
+    if tokens is None and text:
+        tokens = int((parse_bytes(text, "--text") or 0) / BYTES_PER_TOKEN * (config.epochs or 1))
+    if config.dataset_path:
+        dataset = TokenDataset.open(config.dataset_path)
+        vocab_size = dataset.tokenizer().vocab_size if vocab_size is None else vocab_size
+        if tokens is None and not config.max_steps:
+            tokens = steps_of_epochs(config, dataset, 1) * config.max_length
     if vocab_size is not None and vocab_size < 3:
         raise UsageError(f"--vocab-size {vocab_size} is too small; give the number of a tokenizer's pieces")
-    tracer = remembering(traced_peak)
     for index, device in enumerate(devices):
-        made = make_plan(config, vocab_size or DEFAULT_VOCABULARY, device, tokens, room, tracer)
+        made = make_plan(config, vocab_size or DEFAULT_VOCABULARY, device, tokens, room)
         made.says_recipe = index == 0
         yield made
 
 
-def remembering(tracer: Tracer) -> Tracer:
-    """Return `tracer`, tracing the same step once: devices of one precision differ in what they have, not in what it takes."""
-    known: dict[tuple[str, int, str, int], Peak] = {}
+@dataclass
+class Change:
+    """The settings that make a run fit and their peak (None: none do), and the smallest peak that was seen."""
 
-    def trace(config: TrainConfig, vocab_size: int, precision: Precision, microbatch: int) -> Peak:
-        # The trace takes the microbatch it is told, and accumulates two whatever the settings say.
-        alike = dataclasses.replace(config, batch_size=microbatch, gradient_accumulation_steps=1)
-        key = repr(alike), vocab_size, precision.name, microbatch
-        if key not in known:
-            known[key] = tracer(config, vocab_size, precision, microbatch)
-        return known[key]
-
-    return trace
+    settings: dict[str, Any]
+    peak: Peak | None
+    least: int
 
 
 def smallest_change(
     config: TrainConfig, vocab_size: int, precision: Precision, machine: Machine, whole: Peak, tracer: Tracer
-) -> tuple[dict[str, Any] | None, Peak | None]:
-    """Return the first settings of REMEDIES that fit with some microbatch, the largest such microbatch, and the peak.
+) -> Change:
+    """Return the first settings of REMEDIES that fit with some microbatch, and the largest such microbatch.
 
-    (None, None) where nothing fits. The peak is nearly a straight line in the microbatch, so its two ends tell where
-    to look, and the answer is traced itself.
+    The peak is nearly a straight line in the microbatch, so its two ends tell where to look, and the answer is traced
+    itself. Where weights and gradients alone are too much nothing helps, and nothing is traced.
     """
+    smallest = whole.total
+    if whole.parts["weights"] + whole.parts["gradients"] > machine.usable_bytes:
+        return Change({}, None, whole.parts["weights"] + whole.parts["gradients"])
     for remedy in REMEDIES:
         if not is_possible(config, remedy):
             continue
         changed = dataclasses.replace(config, **remedy)
-        say(f"tracing with {' '.join(_flag(*item) for item in remedy.items()) or 'smaller microbatches'}")
+        say(f"tracing with {flags(remedy) or 'smaller microbatches'}")
         least = tracer(changed, vocab_size, precision, 1)
+        smallest = min(smallest, least.total)
         if least.total > machine.usable_bytes:
             continue
         microbatch, peak = config.batch_size, whole
@@ -322,9 +284,11 @@ def smallest_change(
                 if peak.total <= machine.usable_bytes:
                     break
             microbatch //= 2
-        peak = peak if microbatch > 1 else least
-        return {**remedy, **batch_change(config, microbatch)}, peak
-    return None, None
+        change = batch_change(config, microbatch)
+        if change.get("batch_size", microbatch) != microbatch:  # a size that divides the global batch
+            peak = tracer(changed, vocab_size, precision, change["batch_size"])
+        return Change({**remedy, **change}, peak if microbatch > 1 else least, smallest)
+    return Change({}, None, smallest)
 
 
 def is_possible(config: TrainConfig, remedy: dict[str, Any]) -> bool:
@@ -355,24 +319,3 @@ def batch_change(config: TrainConfig, microbatch: int) -> dict[str, Any]:
         microbatch -= 1
     accumulation = config.batch_size * config.gradient_accumulation_steps // microbatch
     return {"batch_size": microbatch, "gradient_accumulation_steps": accumulation}
-
-
-def _line(label: str, text: str) -> str:
-    return f"{label:<12}{text}"
-
-
-def _parts(peak: Peak) -> str:
-    return ", ".join(f"{name} {_gib(size)}" for name, size in peak.parts.items() if size >= GIB // 200)
-
-
-def _gib(size: float) -> str:
-    return f"{size / GIB:.1f} GiB" if size >= GIB / 10 else f"{size / 2**20:.0f} MiB"
-
-
-def _gb(size: float) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
-
-
-def _flag(name: str, value: Any) -> str:
-    flag = "--" + name.replace("_", "-")
-    return flag if value is True else f"{flag} {value}"
