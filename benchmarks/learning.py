@@ -108,7 +108,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "muon-huggingface": {"initialization": "huggingface"},
     # The same on other mixtures: as the languages are, and Ekiden's own.
     "proportional": {"temperature": 1.0},
-    "mixed": {"temperature": 1.0, "small_language_share": 0.12},
+    "mixed": {"temperature": 1.0, "small_language_share": 0.15},
 }
 """What each recipe sets."""
 
@@ -145,14 +145,16 @@ class Run:
         return f"{self.family}-{self.recipe}-lr{self.rate:g}-seed{self.seed}-{self.tokens}{more}"
 
 
-def prepare(corpus: str, folder: Path, vocab_size: int) -> Path:
+def prepare(corpus: str, folder: Path, vocab_size: int, temperature: float) -> Path:
     """Return token shards of the corpus under a tokenizer of its own; made once."""
     from ekiden.tokenizer.train import train_tokenizer
     from ekiden.tokens.build import preprocess
 
     tokenizer, shards = folder / "tokenizer.model", folder / "shards"
     if not tokenizer.exists():
-        train_tokenizer([corpus], str(tokenizer), vocab_size=vocab_size, model_type="bpe")
+        train_tokenizer(
+            [corpus], str(tokenizer), vocab_size=vocab_size, model_type="bpe", temperature=temperature
+        )
     preprocess([corpus], str(tokenizer), str(shards), test_split=0.01, num_proc=1)
     return shards
 
@@ -364,13 +366,16 @@ def main() -> None:
     parser.add_argument("--tokens", type=numbers, help="lengths of runs, comma-separated")
     parser.add_argument("--set", nargs="*", default=[], help="field=value of TrainConfig, for every run")
     parser.add_argument("--vocab-size", type=int, default=4096)
+    parser.add_argument(
+        "--tokenizer-temperature", type=float, default=0.5, help="balance of the tokenizer; of a new folder"
+    )
     parser.add_argument("--threads", type=int, default=1, help="of one run")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--evaluations", type=int, default=10, help="evaluations a run")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     if not options.report:
-        shards = prepare(options.corpus, options.folder, options.vocab_size)
+        shards = prepare(options.corpus, options.folder, options.vocab_size, options.tokenizer_temperature)
         more = tuple(sorted(tuple(pair.split("=", 1)) for pair in options.set))
         runs = chosen_runs(options, more)
         spawn = multiprocessing.get_context("spawn")

@@ -73,9 +73,9 @@ class TrainConfig:
     """Seed of the initial weights and of the order of the data."""
     temperature: float = 1.0
     """Mixture: a language with n tokens is drawn in proportion to n to this power (1: as they are, 0: equally)."""
-    small_language_share: float = 0.12
-    """Part of its share that every language gives to the smallest ones, which are raised to one level, as long as their
-    text is read 4 times at most; 0: none."""
+    small_language_share: float = 0.15
+    """Part of its share that every language gives to those with less than half of an equal one, which are raised to one
+    level, an equal share at most, as long as their text is read 4 times at most; 0: none."""
     final_temperature: float = 1.0
     """The same for the last final_share of the run: below temperature, small languages are read more where it counts most."""
     final_share: float = 0.0

@@ -546,16 +546,22 @@ def test_a_language_left_out_at_the_end_stays_readable_in_the_lines_and_the_cap(
 # -- a part of every share for the smallest languages ---------------------------------------------------------
 
 
-def test_the_smallest_languages_are_raised_to_one_level_by_all():
+def test_small_languages_are_raised_to_one_level_by_all():
     sizes = {"large": 6_000_000, "middle": 3_000_000, "small": 1_000_000}
     with_text = {"length": 8, "seed": 0, "temperature": 1.0, "total_samples": 1_000}
     shares = plan_mixture(sizes, small_share=0.1, **with_text).shares()
     assert shares == pytest.approx({"large": 0.54, "middle": 0.27, "small": 0.19}, abs=1 / BLOCK)
-    # What the smallest is given reaches the next, which is raised with it.
-    shares = plan_mixture(sizes, small_share=0.3, **with_text).shares()
-    assert shares == pytest.approx({"large": 0.42, "middle": 0.29, "small": 0.29}, abs=1 / BLOCK)
-    equal = dict.fromkeys(sizes, 1 / 3)
-    assert plan_mixture(sizes, small_share=1.0, **with_text).shares() == pytest.approx(equal, abs=1 / BLOCK)
+    # An equal share at most, and none to a language that has half of one: it goes back.
+    rest = {"large": 4 / 9, "middle": 2 / 9, "small": 1 / 3}
+    for part in (0.3, 1.0):
+        shares = plan_mixture(sizes, small_share=part, **with_text).shares()
+        assert shares == pytest.approx(rest, abs=1 / BLOCK)
+    # Several small ones come to one level.
+    more = {"large": 9_000_000, "little": 800_000, "small": 200_000}
+    shares = plan_mixture(more, small_share=0.2, **with_text).shares()
+    assert shares == pytest.approx({"large": 0.72, "little": 0.14, "small": 0.14}, abs=1 / BLOCK)
+    alike = {"a": 3_000_000, "b": 2_000_000}
+    assert plan_mixture(alike, small_share=0.3, **with_text) == plan_mixture(alike, **with_text)
     explicit = {"large": 1.0, "small": 1.0}
     plain = plan_mixture(sizes, weights=explicit, **with_text)
     assert plan_mixture(sizes, weights=explicit, small_share=0.3, **with_text) == plain

@@ -171,6 +171,8 @@ def test_a_run_from_before_a_part_of_the_recipe_goes_on_without_it(settings: Set
     whole = dataclasses.asdict(config)
     assert as_it_began(config, whole) == config
     assert as_it_began(config, {**saved, "initialization": "scaled"}).initialization == "scaled"
+    before = whole | {"initialization": "unigram", "small_language_share": 0.12}
+    assert changed_settings(before, as_it_began(config, before)) == {}
 
 
 def test_a_run_from_before_a_part_was_given_to_small_languages_goes_on_with_its_own_mixture(

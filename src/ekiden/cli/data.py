@@ -28,7 +28,7 @@ def tokenizer() -> None:
 @click.option(
     "--temperature",
     type=float,
-    default=0.5,
+    default=0.3,
     show_default=True,
     help="Share of a language with n bytes of text: n to this power (1: as it is, 0: equal).",
 )

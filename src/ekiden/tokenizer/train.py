@@ -70,7 +70,7 @@ def train_tokenizer(
     output: str,
     vocab_size: int = 16000,
     model_type: str = "unigram",
-    temperature: float = 0.5,
+    temperature: float = 0.3,
     language: str | None = None,
 ) -> TokenizerReport:
     """Train a SentencePiece model on `corpus` and write it to `output`.

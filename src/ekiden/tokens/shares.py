@@ -43,8 +43,9 @@ def plan_mixture(
         final_temperature: temperature of the last `final_share` of the run: below `temperature`, small languages are
             read more while the learning rate falls, when what is read is kept best. None, or explicit weights: as
             before.
-        small_share: every language gives this part of its share to the smallest ones, which are raised to one level, as
-            long as their text is read GIFT_EPOCHS times at most. Not with explicit weights.
+        small_share: every language gives this part of its share to those with less than half of an equal share, which are
+            raised to one level, an equal share at most, as long as their text is read GIFT_EPOCHS times at most. Not with
+            explicit weights.
         final_weights: explicit weights of that last part instead of both; a language that is not named has no part in it.
 
     Raises:
@@ -125,7 +126,8 @@ def _limited(
     the tokens in `read` were read before.
     """
     if small_share:
-        weights = _levelled(weights, small_share, _caps(_texts(sizes, GIFT_EPOCHS, read), total))
+        caps = _gift_caps(weights, _caps(_texts(sizes, GIFT_EPOCHS, read), total))
+        weights = _levelled(weights, small_share, caps)
     if max_epochs is None:
         return weights
     left = {name: count for name, count in _texts(sizes, max_epochs, read).items() if name in weights}
@@ -193,6 +195,19 @@ def _capped(
         left = 1 - sum(fixed.values())
         shares = {name: fixed[name] if name in fixed else left * weights[name] / rest for name in shares}
     return shares
+
+
+def _gift_caps(weights: Mapping[str, float], caps: Mapping[str, float]) -> dict[str, float]:
+    """Return up to which share each language may be given something: none but those below half of an equal share.
+
+    So that it reaches the small ones: at one level with Hindi, 15 % of four languages, Konkani came to 13.7 % where every
+    language gave 14 %.
+    """
+    equal, total = 1 / len(weights), sum(weights.values())
+    return {
+        name: min(caps[name], equal) if weight < equal / 2 * total else 0.0
+        for name, weight in weights.items()
+    }
 
 
 def _levelled(weights: dict[str, float], part: float, caps: dict[str, float]) -> dict[str, float]:

@@ -164,6 +164,11 @@ class Ranks:
         dist.broadcast(buffer, src=0, group=self._control)
         return json.loads(bytes(buffer.numpy()))
 
+    def take_from_main(self, tensor: torch.Tensor) -> None:
+        """Overwrite a CPU tensor with the main rank's."""
+        if self.world > 1:
+            dist.broadcast(tensor, src=0, group=self._control)
+
     def on_main(self, work: Callable[[], T]) -> T:
         """Return on all ranks what `work`, done by the main one, returned (a JSON value).
 

@@ -22,7 +22,7 @@ from ekiden.config import TrainConfig, field_types
 from ekiden.config_checks import AUTO
 from ekiden.errors import UserError
 from ekiden.modeling.attention import attention_name
-from ekiden.modeling.build import build_model, parameter_counts
+from ekiden.modeling.build import build_model, head_weight, parameter_counts
 from ekiden.modeling.device import (
     Precision,
     available_cores,
@@ -208,6 +208,8 @@ def place_model(
         unigrams=unigrams,
         associations=associations,
     )
+    if associations is not None:  # their eigenvectors' last bits depend on the CPU
+        ranks.take_from_main(head_weight(model).detach())
     sharded = wants_shards(config, ranks, sum(p.numel() for p in model.parameters()), device)
     if sharded and config.batch_size == AUTO:
         raise UserError(

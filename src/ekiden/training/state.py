@@ -267,6 +267,8 @@ OTHER_DEFAULT = {
     "beta2": "muon_even",
 }
 """Settings whose default changed when another setting came."""
+BEGINNING = ("initialization", "small_language_share")
+"""Settings that are used where a run begins: weights and order of the data are in the checkpoint. Their defaults have changed."""
 
 
 def settings_then(saved: dict[str, Any]) -> dict[str, Any]:
@@ -278,7 +280,7 @@ def settings_then(saved: dict[str, Any]) -> dict[str, Any]:
 def as_it_began(config: TrainConfig, saved: dict[str, Any]) -> TrainConfig:
     """Return `config`, but a setting whose default came after the run began, and was not given, as the run has it.
 
-    So the initialisation, which was over before the first step, whenever its default changed.
+    So what was over before the first step, whenever its default changed.
     """
     then, default = settings_then(saved), TrainConfig()
     later = {name: name for name in SINCE} | OTHER_DEFAULT
@@ -287,7 +289,7 @@ def as_it_began(config: TrainConfig, saved: dict[str, Any]) -> TrainConfig:
         **{
             name: then[name]
             for name, came_with in later.items()
-            if (came_with not in saved or name == "initialization")
+            if (came_with not in saved or name in BEGINNING)
             and getattr(config, name) == getattr(default, name)
         },
     )
