@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import math
-import resource
-import subprocess
+import shutil
 import sys
+import tempfile
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import little_memory
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "faults"))
+from forked import Served
 
 MEGABYTE = 1 << 20
 DTYPES = [
@@ -18,6 +24,14 @@ DTYPES = [
     *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
     *(torch.uint16, torch.uint32, torch.uint64, torch.float8_e4m3fn, torch.float8_e5m2),
 ]
+
+
+class Done(NamedTuple):
+    """How a command ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
 
 
 def every_bit(dtype: torch.dtype, *shape: int) -> torch.Tensor:
@@ -80,23 +94,18 @@ def odd() -> dict[Any, Any]:
     }
 
 
-def convert_in_little_memory(
-    source: Path, target: Path, megabytes: int = 400
-) -> subprocess.CompletedProcess[str]:
+@functools.cache
+def _little_memory() -> Served:
+    folder = Path(tempfile.mkdtemp(prefix="ekiden-little-memory-"))
+    process = Served(little_memory.begin, folder / "log", folder, method="spawn")
+    atexit.register(lambda: (process.close(), shutil.rmtree(folder)))
+    return process
+
+
+def convert_in_little_memory(source: Path, target: Path, megabytes: int = 400) -> Done:
     """Run `ekiden checkpoint convert` in a process that may have so much address space, and no more."""
-
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_AS, (megabytes * MEGABYTE, megabytes * MEGABYTE))
-
-    return subprocess.run(
-        [sys.executable, "-m", "ekiden", "checkpoint", "convert", str(source), str(target)],
-        preexec_fn=limit,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-        env={"OPENBLAS_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"},
-    )
+    arguments = ["checkpoint", "convert", str(source), str(target)]
+    return Done(*_little_memory().ask((arguments, megabytes)))
 
 
 def refusal(source: Path, tmp_path: Path) -> str:

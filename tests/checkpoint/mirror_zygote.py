@@ -1,14 +1,13 @@
 """Processes that upload and are killed, forked from one that has imported everything once.
 
-Reads from stdin, for each process: a line of JSON {"url", "checkpoint", "extras", "uploader"}; answers with its process
-number, waits for a line, lets it work, and answers with how it ended (waitpid's status).
+For each task {"url", "checkpoint", "extras", "uploader"} a process is made, whose number is the answer; at the next word it
+works, and the answer is how it ended (waitpid's status).
 """
 
 from __future__ import annotations
 
-import json
 import os
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,20 +33,32 @@ def work(task: dict[str, Any]) -> None:
     uploader.close()
 
 
-def main() -> None:
+def begin() -> Callable[[dict[str, Any] | None], int]:
+    """Return what makes a process for a task, and, given None, lets it work to its end."""
     import huggingface_hub.constants
     import s3fs  # noqa: F401
 
     huggingface_hub.constants.HF_HUB_DISABLE_XET = True
-    while line := sys.stdin.readline():
+    waiting: list[tuple[int, int]] = []
+
+    def step(task: dict[str, Any] | None) -> int:
+        if task is None:
+            pid, gate = waiting.pop()
+            os.close(gate)
+            return os.waitpid(pid, 0)[1]
+        behind, gate = os.pipe()
         pid = os.fork()
         if pid == 0:
-            sys.stdin.readline()
-            work(json.loads(line))
-            return
-        print(pid, flush=True)
-        print(os.waitpid(pid, 0)[1], flush=True)
+            os.close(gate)
+            os.read(behind, 1)  # nothing comes, but its end
+            status = 1
+            try:
+                work(task)
+                status = 0
+            finally:
+                os._exit(status)
+        os.close(behind)
+        waiting.append((pid, gate))
+        return pid
 
-
-if __name__ == "__main__":
-    main()
+    return step

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import subprocess
 import sys
 import uuid
 from collections.abc import Iterator
@@ -13,10 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub.constants
+import mirror_zygote
 import pytest
 import torch
 from mirror_runs import MirroredRun, stored_names
 from mirror_servers import TOKEN, Faults, Hub, s3_app, serving
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "faults"))
+from forked import Served
 
 from ekiden.checkpoint import mirror as mirrors
 from ekiden.checkpoint import mirror_backends
@@ -324,39 +326,24 @@ def test_an_etag_that_is_no_md5_is_met_by_reading_one_file_back(
 
 
 @pytest.fixture
-def zygote() -> Iterator[subprocess.Popen[str]]:
-    program = Path(__file__).with_name("mirror_zygote.py")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, str(program)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        env=environment,
-    )
+def zygote(tmp_path: Path) -> Iterator[Served]:
+    process = Served(mirror_zygote.begin, tmp_path / "zygote.log")
     yield process
-    process.kill()
-    process.wait()
+    process.close()
 
 
-def upload_in(zygote: subprocess.Popen[str], run: MirroredRun, step: int, arm: Any, **more: Any) -> int:
+def upload_in(zygote: Served, run: MirroredRun, step: int, arm: Any, **more: Any) -> int:
     """Upload `step` in a process of its own; `arm` is called with its number before it begins. Return its status."""
-    assert zygote.stdin and zygote.stdout
     checkpoint = run.save(step)
     extras = {name: str(path) for name, path in run.extras.items()}
     task = {"url": run.url, "checkpoint": str(checkpoint.path), "extras": extras, **more}
-    zygote.stdin.write(json.dumps(task) + "\n")
-    zygote.stdin.flush()
-    arm(int(zygote.stdout.readline()))
-    zygote.stdin.write("go\n")
-    zygote.stdin.flush()
-    return int(zygote.stdout.readline())
+    arm(zygote.ask(task))
+    return zygote.ask(None)
 
 
 @pytest.mark.parametrize("every", [3, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_process_killed_at_a_request_leaves_the_old_or_the_new(
-    run: MirroredRun, place: Place, zygote: subprocess.Popen[str], every: int
+    run: MirroredRun, place: Place, zygote: Served, every: int
 ) -> None:
     run.upload(1)
     place.faults.disarm()
@@ -380,7 +367,7 @@ def test_a_process_killed_at_a_request_leaves_the_old_or_the_new(
 
 
 def test_a_process_that_ends_does_not_wait_for_a_silent_network(
-    run: MirroredRun, place: Place, zygote: subprocess.Popen[str]
+    run: MirroredRun, place: Place, zygote: Served
 ) -> None:
     run.upload(1)
     status = upload_in(

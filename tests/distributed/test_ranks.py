@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,9 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "faults"))
+import scenarios
 from common import small_shards
+from forked import Served
 
 from ekiden.config import build_config
 from ekiden.errors import UserError
@@ -22,23 +22,24 @@ from ekiden.training.exact import check_tree
 from ekiden.training.ranks import Ranks
 from ekiden.training.sharding import wants_shards
 
-SCENARIOS = Path(__file__).with_name("scenarios.py")
+
+class Left:
+    """What each scenario left, by name; it is done when it is first asked for."""
+
+    def __init__(self, process: Served) -> None:
+        self._process = process
+
+    def __getitem__(self, name: str) -> dict[str, Any]:
+        return self._process.ask(name)
 
 
 @pytest.fixture(scope="module")
-def left(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Return what every scenario left; they run in a process of their own, which forks the ranks."""
+def left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Left]:
+    """Yield what scenarios leave."""
     folder = tmp_path_factory.mktemp("ranks")
-    shards = small_shards(folder)
-    done = subprocess.run(
-        [sys.executable, str(SCENARIOS), str(shards), str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    process = Served(scenarios.begin, folder / "log", small_shards(folder), folder)
+    yield Left(process)
+    process.close()
 
 
 def events(scenario: dict[str, Any], kind: str) -> list[dict[str, Any]]:
@@ -50,7 +51,7 @@ def same_losses(found: dict[str, Any], expected: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(("name", "ranks"), [("ddp", 2), ("hybrid", 4)])
-def test_ranks_take_the_same_samples_to_the_same_losses(left: dict[str, Any], name: str, ranks: int) -> None:
+def test_ranks_take_the_same_samples_to_the_same_losses(left: Left, name: str, ranks: int) -> None:
     """Copies, and shards of two machines of two ranks each, beside one process."""
     one, several = left["one"], left[name]
     assert several["statuses"] == [0] * ranks, several["log"]
@@ -62,7 +63,7 @@ def test_ranks_take_the_same_samples_to_the_same_losses(left: dict[str, Any], na
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_a_signal_to_one_rank_stops_both_and_one_rank_goes_on(left: dict[str, Any], parallel: str) -> None:
+def test_a_signal_to_one_rank_stops_both_and_one_rank_goes_on(left: Left, parallel: str) -> None:
     stopped, resumed = left[f"{parallel} stopped"], left[f"{parallel} resumed on 1"]
     assert stopped["statuses"] == [0, 0], stopped["log"]
     assert stopped["result"]["status"] == "paused" and stopped["result"]["reason"] == "SIGTERM"
@@ -75,7 +76,7 @@ def test_a_signal_to_one_rank_stops_both_and_one_rank_goes_on(left: dict[str, An
 
 
 @pytest.mark.parametrize("name", ["masked ddp", "masked fsdp"])
-def test_masked_documents_resume_to_the_last_bit(left: dict[str, Any], name: str) -> None:
+def test_masked_documents_resume_to_the_last_bit(left: Left, name: str) -> None:
     whole, stopped, resumed = left[name], left[f"{name} stopped"], left[f"{name} resumed"]
     assert stopped["result"]["status"] == "paused" and resumed["result"]["status"] == "completed", resumed[
         "log"
@@ -84,7 +85,7 @@ def test_masked_documents_resume_to_the_last_bit(left: dict[str, Any], name: str
     assert resumed["losses"] == whole["losses"] and resumed["weights"] == whole["weights"]
 
 
-def test_a_fixed_tree_gives_the_same_bits_on_two_ranks(left: dict[str, Any]) -> None:
+def test_a_fixed_tree_gives_the_same_bits_on_two_ranks(left: Left) -> None:
     one, two = left["exact one"], left["exact two"]
     assert two["statuses"] == [0, 0], two["log"]
     assert two["losses"] == one["losses"] and two["weights"] == one["weights"]
@@ -101,7 +102,7 @@ def test_a_fixed_tree_refuses_what_is_no_tree(batch: int, microbatch: int, world
         check_tree(batch, microbatch, world)
 
 
-def test_no_memory_on_one_rank_halves_the_microbatch_on_both(left: dict[str, Any]) -> None:
+def test_no_memory_on_one_rank_halves_the_microbatch_on_both(left: Left) -> None:
     """In the forward pass, the backward pass and the update of one run; the last goes back to the newest checkpoint."""
     found = left["oom ddp"]
     assert found["statuses"] == [0, 0], found["log"]
@@ -114,7 +115,7 @@ def test_no_memory_on_one_rank_halves_the_microbatch_on_both(left: dict[str, Any
     same_losses(found, left["one"])
 
 
-def test_an_automatic_microbatch_is_that_of_the_rank_with_least_memory(left: dict[str, Any]) -> None:
+def test_an_automatic_microbatch_is_that_of_the_rank_with_least_memory(left: Left) -> None:
     found = left["auto"]
     assert found["statuses"] == [0, 0], found["log"]
     assert [event["samples"] for event in events(found, "microbatch")] == [2]
@@ -126,12 +127,12 @@ def test_an_automatic_microbatch_is_that_of_the_rank_with_least_memory(left: dic
 
 
 @pytest.mark.parametrize("phase", ["forward", "backward", "update"])
-def test_no_memory_amid_shards_ends_the_run_and_names_the_rank(left: dict[str, Any], phase: str) -> None:
+def test_no_memory_amid_shards_ends_the_run_and_names_the_rank(left: Left, phase: str) -> None:
     ended = left[f"oom fsdp {phase}"]
     assert ended["statuses"] == [1, 1] and "rank 1: out of memory" in ended["log"], ended["log"]
 
 
-def test_after_no_memory_amid_shards_the_next_start_takes_half(left: dict[str, Any]) -> None:
+def test_after_no_memory_amid_shards_the_next_start_takes_half(left: Left) -> None:
     sizes = [f"it takes microbatches of {size}" for size in (4, 2, 1)]
     for phase, words in zip(("forward", "backward", "update"), sizes):
         assert words in left[f"oom fsdp {phase}"]["log"]
@@ -140,25 +141,25 @@ def test_after_no_memory_amid_shards_the_next_start_takes_half(left: dict[str, A
     same_losses(again, left["one"])
 
 
-def test_an_infinite_loss_on_one_rank_is_skipped_on_both(left: dict[str, Any]) -> None:
+def test_an_infinite_loss_on_one_rank_is_skipped_on_both(left: Left) -> None:
     found = left["infinite"]
     assert found["statuses"] == [0, 0], found["log"]
     assert [event["step"] for event in events(found, "skip")] == [2]
 
 
-def test_a_deadline_on_one_rank_first_stops_both(left: dict[str, Any]) -> None:
+def test_a_deadline_on_one_rank_first_stops_both(left: Left) -> None:
     found = left["deadline"]
     assert found["statuses"] == [0, 0], found["log"]
     assert found["result"]["reason"] == "time limit" and len(found["checkpoints"]) == 1
 
 
-def test_a_rank_that_ends_while_they_meet_is_told_of_in_a_sentence(left: dict[str, Any]) -> None:
+def test_a_rank_that_ends_while_they_meet_is_told_of_in_a_sentence(left: Left) -> None:
     gone = left["killed while meeting"]
     assert gone["statuses"] == [1, -9]
     assert "rank 0 could not meet the other 1" in gone["log"] and "Traceback" not in gone["log"]
 
 
-def test_a_rank_that_dies_is_named_and_the_others_end(left: dict[str, Any]) -> None:
+def test_a_rank_that_dies_is_named_and_the_others_end(left: Left) -> None:
     killed, again = left["killed"], left["killed, again"]
     assert killed["statuses"] == [1, -9]
     assert "rank 1 (process" in killed["log"] and "was ended from outside" in killed["log"]

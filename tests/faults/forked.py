@@ -1,6 +1,8 @@
 """Processes forked from one that has imported everything: an import of torch costs 6 s of CPU, a fork nothing.
 
-What a test started as a program of its own only to kill, stop or signal it goes through here instead.
+What a test started as a program of its own only to kill, stop or signal it goes through here instead. `Forked` is for
+drivers that have no threads; pytest's own process has, and has trained: `Command` and `Served` are forked from a server of
+pytest's process, one for all tests, that has done nothing but import.
 """
 
 from __future__ import annotations
@@ -12,7 +14,17 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
+from typing import Any, Literal
+
+IMPORTED = [
+    "ekiden.training.loop",
+    "ekiden.cli.training",
+    "ekiden.evaluation.loss",
+    "ekiden.export.huggingface",
+]
 
 
 class Child:
@@ -79,11 +91,7 @@ class Forked(Child):
 
 def become(work: Callable[[], object], log: Path) -> None:
     """Do `work` with this process's output in `log`, and end the process."""
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    # Under pytest they are not 1 and 2.
-    sys.stdout, sys.stderr = (io.TextIOWrapper(open(n, "wb", 0), write_through=True) for n in (1, 2))  # noqa: PTH123, SIM115
+    write_to(log)
     status = 1
     try:
         work()
@@ -96,16 +104,28 @@ def become(work: Callable[[], object], log: Path) -> None:
         os._exit(status)
 
 
-class Command(Child):
-    """`ekiden ARGUMENTS` as a user starts it, forked from a server that has imported everything and done nothing else.
+def write_to(log: Path) -> None:
+    """Let this process's output go to the end of `log`."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    # Under pytest they are not 1 and 2.
+    raw = [open(n, "wb", 0, closefd=False) for n in (1, 2)]  # noqa: SIM115
+    sys.stdout, sys.stderr = (io.TextIOWrapper(file, write_through=True) for file in raw)
 
-    Not from pytest's own process, where other tests have trained.
-    """
+
+def server() -> ForkServerContext:
+    """Return what starts processes by forking the server; the first of them starts it."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTED)
+    return context
+
+
+class Command(Child):
+    """`ekiden ARGUMENTS` as a user starts it."""
 
     def __init__(self, arguments: list[str], log: Path) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["ekiden.training.loop", "ekiden.cli.training"])
-        self._process = context.Process(target=_run, args=(arguments, log), daemon=True)
+        self._process = server().Process(target=_run, args=(arguments, log, dict(os.environ)), daemon=True)
         super().__init__(log)
 
     def start(self) -> int:
@@ -119,7 +139,81 @@ class Command(Child):
         return self._process.exitcode
 
 
-def _run(arguments: list[str], log: Path) -> None:
+def _run(arguments: list[str], log: Path, environment: dict[str, str]) -> None:
     from ekiden.cli import main
 
+    _take(environment)
     become(lambda: main(arguments), log)
+
+
+def _take(environment: dict[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+
+
+class Served:
+    """A process that does tasks one after the other, and may itself fork.
+
+    Args:
+        begin: of a module, called there with `arguments`; it returns what a task is given to, and whose result is the
+            answer.
+        method: "spawn" for one that must not have imported torch.
+    """
+
+    def __init__(
+        self,
+        begin: Callable[..., Callable[[Any], Any]],
+        log: Path,
+        *arguments: Any,
+        method: Literal["forkserver", "spawn"] = "forkserver",
+    ) -> None:
+        self.log = log
+        context = server() if method == "forkserver" else multiprocessing.get_context(method)
+        self._pipe, theirs = context.Pipe()
+        task = (begin, theirs, log, dict(os.environ), arguments)
+        self._process = context.Process(target=_serve, args=task, daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def ask(self, task: Any) -> Any:
+        """Return the answer to a task."""
+        self.give(task)
+        return self.take()
+
+    def give(self, task: Any) -> None:
+        """Hand over a task, or what a task under way waits for."""
+        self._pipe.send(task)
+
+    def take(self) -> Any:
+        """Return the answer to what was given."""
+        try:
+            return self._pipe.recv()
+        except EOFError:
+            raise AssertionError(f"it ended: {self.log.read_text()[-3000:]}") from None
+
+    def close(self) -> None:
+        """End it once it has done its task."""
+        self._pipe.close()
+        self._process.join(60)
+        self.kill()
+
+    def kill(self) -> None:
+        """End it at once."""
+        self._process.kill()
+        self._process.join()
+
+
+def _serve(
+    begin: Callable[..., Any], pipe: Connection, log: Path, environment: dict[str, str], arguments: Any
+) -> None:
+    def work() -> None:
+        _take(environment)
+        answer = begin(*arguments)
+        while True:
+            try:
+                task = pipe.recv()
+            except EOFError:
+                return
+            pipe.send(answer(task))
+
+    become(work, log)

@@ -1,15 +1,12 @@
-"""The short campaigns of the suite, in one process that has imported everything: an import of torch costs 6 s of CPU.
+"""The short campaigns of the suite, in a process of their own: it forks its trials, and pytest's has threads.
 
-A process of its own, because it forks its trials, and pytest's has threads. `conftest` starts it, writes a line of JSON
-for each campaign to its standard input, {"kills": PRESET} or {"megabytes": N, "amid_training": BOOL, "auto": BOOL}, and reads the
-rows from its standard output.
+`conftest` starts it and gives it one task for each campaign, {"kills": PRESET} or {"megabytes": N, "amid_training": BOOL,
+"auto": BOOL}; the answers are rows of the campaign's table.
 """
 
 from __future__ import annotations
 
-import json
-import sys
-import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +17,14 @@ KILLS, STEPS = 6, 18
 """18 steps have 6 saves, so that 2 checkpoints are removed; `make faults` takes more of both."""
 
 
-def work(task: dict[str, Any], shards: Path, folder: Path) -> list[dict[str, Any]]:
-    """Return the rows of one campaign."""
-    if preset := task.get("kills"):
-        (folder / preset).mkdir()
-        return campaign.campaign(preset, KILLS, shards, folder / preset, STEPS)
-    return [memory.sweep(shards, folder, [task["megabytes"]], task["amid_training"], task["auto"])]
+def begin(folder: Path) -> Callable[[dict[str, Any]], list[dict[str, Any]]]:
+    """Return what does one campaign in `folder`."""
+    shards = campaign.make_shards(folder)
 
+    def work(task: dict[str, Any]) -> list[dict[str, Any]]:
+        if preset := task.get("kills"):
+            (folder / preset).mkdir()
+            return campaign.campaign(preset, KILLS, shards, folder / preset, STEPS)
+        return [memory.sweep(shards, folder, [task["megabytes"]], task["amid_training"], task["auto"])]
 
-def main() -> None:
-    """Answer until there are no more lines."""
-    with tempfile.TemporaryDirectory() as name:
-        shards = campaign.make_shards(Path(name))
-        for line in sys.stdin:
-            print(json.dumps(work(json.loads(line), shards, Path(name))), flush=True)
-
-
-if __name__ == "__main__":
-    main()
+    return work

@@ -7,7 +7,8 @@ weighs 5 to 8 GB and is kept in `--folder`: PyPI's torch brings CUDA's libraries
 and runs on a CPU, too. Differences that remain: torch 2.11 is built for CUDA 13 there and for 12.8 in the image, and of the
 image's several hundred packages only those below are installed. Ekiden is installed as Kaggle would get it: its wheel
 without dependencies, and of these only what the image lacks. Whatever of the image has another version afterwards is a
-failure. The last line printed is one JSON object.
+failure. What passed on a commit is not run on it again, so that an interrupted run goes on. The last line printed is one JSON
+object.
 """
 
 from __future__ import annotations
@@ -119,6 +120,12 @@ def install_ekiden(python: Path, source: Path) -> list[str]:
 
 def run_tests(python: Path, source: Path, log: Path, workers: int, tests: list[str]) -> dict[str, int]:
     """Run tests with an image's python; return how many passed, failed and were skipped, and the seconds."""
+    passed, commit = log.with_suffix(".passed.json"), clean_commit()
+    if commit and passed.exists():
+        record = json.loads(passed.read_text())
+        if record["commit"] == commit and record["tests"] == tests:
+            print(f"{log.stem}: passed before on {commit[:10]}; remove {passed} to run it again", flush=True)
+            return record["counts"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment.pop("PYTHONPATH", None)
     environment.setdefault("EKIDEN_CORPORA", str(ROOT.parent / "shared" / "corpora"))
@@ -141,7 +148,18 @@ def run_tests(python: Path, source: Path, log: Path, workers: int, tests: list[s
         kind: int(n)
         for n, kind in re.findall(r"(\d+) (passed|failed|errors?|skipped)", lines[-1] if lines else "")
     }
-    return {"status": done.returncode, **counts, "seconds": round(time.monotonic() - began)}
+    counts = {"status": done.returncode, **counts, "seconds": round(time.monotonic() - began)}
+    if commit and not done.returncode:
+        passed.write_text(json.dumps({"commit": commit, "tests": tests, "counts": counts}))
+    return counts
+
+
+def clean_commit() -> str | None:
+    """Return the commit that the sources are, or None where they differ from it or are no checkout."""
+    git = ["git", "-C", str(ROOT)]
+    changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=False)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return head.stdout.strip() if changed.returncode == head.returncode == 0 and not changed.stdout else None
 
 
 def try_image(name: str, options: argparse.Namespace) -> dict[str, Any]:

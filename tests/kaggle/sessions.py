@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+import zygote
+from forked import Served
 
 HERE = Path(__file__).parent
 BOOTSTRAP = (
@@ -28,14 +30,9 @@ class Zygote:
     def __init__(self, folder: Path) -> None:
         self.python = folder / "python"
         path = folder / "socket"
-        log = (folder / "zygote.log").open("wb")
-        self._process = subprocess.Popen(
-            [sys.executable, HERE / "zygote.py", path],
-            stdout=subprocess.PIPE,
-            stderr=log,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        assert self._process.stdout and self._process.stdout.readline() == b"ready\n"
+        self._process = Served(zygote.begin, folder / "zygote.log", str(path))
+        self._process.ask("are you there?")
+        self._process.give("serve")
         self.python.write_text(
             f'#!/bin/sh\nexec {sys.executable} -S -E {HERE / "zygote_client.py"} {path} "$@"\n'
         )
@@ -44,7 +41,6 @@ class Zygote:
     def close(self) -> None:
         """End it."""
         self._process.kill()
-        self._process.wait()
 
 
 @dataclass

@@ -1,7 +1,5 @@
 """`ekiden` commands forked from one process that has imported everything: an import of torch costs 8 s a leg.
 
-    python zygote.py SOCKET
-
 A client (`zygote_client.py`) hands over its arguments, environment, folder, stdout and stderr, then signals as single
 bytes; it gets the exit status. A client that vanishes takes its command with it, as a killed session does.
 """
@@ -14,17 +12,19 @@ import select
 import signal
 import socket
 import sys
+from collections.abc import Callable
 
 
-def serve(path: str) -> None:
-    import ekiden.evaluation.loss
-    import ekiden.training.loop  # noqa: F401
-
+def begin(path: str) -> Callable[[str], None]:
+    """Listen at `path`; return what, told to "serve", answers clients until it is killed."""
     server = socket.socket(socket.AF_UNIX)
     server.bind(path)
     server.listen(16)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-    print("ready", flush=True)
+    return lambda word: serve(server) if word == "serve" else None
+
+
+def serve(server: socket.socket) -> None:
     while True:
         connection, _ = server.accept()
         if os.fork() == 0:
@@ -88,7 +88,3 @@ def work(arguments: list[str]) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
-
-
-if __name__ == "__main__":
-    serve(sys.argv[1])

@@ -15,7 +15,8 @@ from campaign import outcome
 
 from ekiden.config import TrainConfig, build_config
 from ekiden.errors import UsageError, UserError
-from ekiden.modeling.device import named_precision
+from ekiden.modeling.device import Precision, named_precision
+from ekiden.planning import trace
 from ekiden.planning.trace import traced_peak
 from ekiden.training import facts, microbatch
 from ekiden.training import step as step_module
@@ -55,7 +56,15 @@ def test_the_largest_that_fits(
     assert sizes == tried
 
 
-def test_the_prediction_is_what_a_plan_traces() -> None:
+def test_the_prediction_is_what_a_plan_traces(monkeypatch: pytest.MonkeyPatch) -> None:
+    traced: dict[int, trace.Peak] = {}
+
+    def once(config: TrainConfig, vocab_size: int, precision: Precision, size: int) -> trace.Peak:
+        if size not in traced:
+            traced[size] = traced_peak(config, vocab_size, precision, size)
+        return traced[size]
+
+    monkeypatch.setattr(trace, "traced_peak", once)  # a second each
     config = build_config(
         "gpt2-10m",
         hidden_size=32,
@@ -65,7 +74,7 @@ def test_the_prediction_is_what_a_plan_traces() -> None:
         max_length=64,
     )
     fp32 = named_precision("fp32")
-    room = traced_peak(config, 300, fp32, 11).total
+    room = once(config, 300, fp32, 11).total
     assert predicted_microbatch(config, 300, fp32, 64, room) in (10, 11, 12)
     assert predicted_microbatch(config, 300, fp32, 6, room) == 6
     assert predicted_microbatch(config, 300, fp32, 64, 0) == 1
