@@ -173,6 +173,24 @@ def test_ranks_end_when_their_launcher_is_killed(make: Callable[..., TrainConfig
 
 
 @pytest.mark.slow
+def test_two_nodes_start_again_after_the_ranks_of_one_died(make: Callable[..., TrainConfig]) -> None:
+    """One restart is enough: it is counted on the node whose rank was killed, and the other's rank is not in the way."""
+    config = make("nodes", device="cpu")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--rdzv-id", "one"]
+    command += ["--max-restarts", "1", "-m", "ekiden", "train", recipe(config)]
+    with started(command, command) as nodes:
+        wait_for(lambda: checkpoints(config))
+        for node in nodes:
+            for process in rank_processes(node.pid, rank=1):
+                process.kill()
+        said = [node.communicate(timeout=170)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said
+    assert result(config)["status"] == "completed", said
+    assert outcome(Path(config.output_dir)) == uninterrupted(make("nodes-reference"))
+
+
+@pytest.mark.slow
 def test_accelerate_starts_two_ranks(make: Callable[..., TrainConfig]) -> None:
     pytest.importorskip("accelerate", reason="needs accelerate: pip install 'ekiden[harness]'")
     config = make("accelerate", device="cpu")

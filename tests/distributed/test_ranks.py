@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import socket
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "faults"))
 import scenarios
@@ -19,7 +22,7 @@ from forked import Served
 from ekiden.config import build_config
 from ekiden.errors import UserError
 from ekiden.training.exact import check_tree
-from ekiden.training.ranks import Ranks
+from ekiden.training.ranks import Ranks, store_of_this_start
 from ekiden.training.sharding import wants_shards
 
 
@@ -190,3 +193,20 @@ def test_shards_are_taken_where_they_are_asked_for(optimizer: str) -> None:
     config = build_config("gemma3-tiny", parallel="fsdp", optimizer=optimizer)
     assert wants_shards(config, Ranks(0, 2), 1000, torch.device("cpu"))
     assert not wants_shards(config, Ranks(), 1000, torch.device("cpu"))
+
+
+def test_ranks_of_a_start_meet_beside_what_a_dead_start_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the store of torchrun's agent, which lives on; nodes count their restarts differently."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    agent = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    for name, value in {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    agent.set("ekiden/hello/1", "of a dead rank")
+    for start in range(2):
+        with ThreadPoolExecutor(3) as pool:
+            stores = list(pool.map(lambda rank: store_of_this_start(rank, 3), range(3)))
+        stores[0].set("address", f"of start {start}")
+        assert [store.get("address") for store in stores] == [f"of start {start}".encode()] * 3

@@ -14,6 +14,8 @@ import datetime
 import json
 import os
 import socket
+import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -82,23 +84,20 @@ class Ranks:
         return ranks
 
     def _connect(self, device: str, silence_seconds: float) -> None:
-        # Of this start alone: torchrun's store lives on when it restarts the ranks, with the addresses of the dead.
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         on_gpu = device != "cpu" and torch.cuda.is_available()
         try:
             if not dist.is_initialized():
                 if on_gpu:
                     torch.cuda.set_device(self.local_rank)
-                given, *_ = next(dist.rendezvous("env://", self.rank, self.world, timeout=GROUP_TIMEOUT))
                 dist.init_process_group(
                     "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-                    store=dist.PrefixStore(f"attempt-{attempt}", given),
+                    store=store_of_this_start(self.rank, self.world),
                     rank=self.rank,
                     world_size=self.world,
                     timeout=GROUP_TIMEOUT,
                 )
             self._control = dist.new_group(backend="gloo", timeout=GROUP_TIMEOUT)
-            store = dist.PrefixStore(f"ekiden/{attempt}", dist.distributed_c10d._get_default_store().clone())  # type: ignore[attr-defined]
+            store = dist.PrefixStore("ekiden", dist.distributed_c10d._get_default_store().clone())  # type: ignore[attr-defined]
             peers = [
                 Peer(**facts) for facts in self.gather({"host": socket.gethostname(), "pid": os.getpid()})
             ]
@@ -284,6 +283,37 @@ def _broken_connection(error: BaseException) -> bool:
         return True
     signs = ("onnection", "gloo", "NCCL", "Broken pipe", "process group", "Socket")
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+
+
+def store_of_this_start(rank: int, world: int) -> dist.Store:
+    """Return the store in which the ranks of this start meet, and no dead ones of an earlier start.
+
+    torchrun's own store lives on when it restarts the ranks. Its count of restarts (TORCHELASTIC_RESTART_COUNT) does not
+    tell the starts apart: it is each node's own, and where the ranks of one node die, the other's are restarted uncounted.
+    So rank 0 gives this start a name, and tells it whoever greets it, until all have answered under that name.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # rank 0 opens one for this start
+        given, *_ = next(dist.rendezvous("env://", rank, world, timeout=GROUP_TIMEOUT))
+        return given
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"], _number("MASTER_PORT"), is_master=False, timeout=GROUP_TIMEOUT
+    )
+    own = uuid.uuid4().hex
+    if rank:
+        store.set(f"ekiden/hello/{rank}", own)
+        name = store.get(f"ekiden/name/{own}").decode()  # waits for it
+        store.set(f"ekiden/{name}/{rank}", "here")
+        return dist.PrefixStore(f"ekiden/{name}", store)
+    told: set[str] = set()
+    while not store.check([f"ekiden/{own}/{other}" for other in range(1, world)]):
+        for other in range(1, world):
+            if store.check([f"ekiden/hello/{other}"]):
+                greeting = store.get(f"ekiden/hello/{other}").decode()
+                if greeting not in told:  # perhaps of one that is dead; it will not answer
+                    store.set(f"ekiden/name/{greeting}", own)
+                    told.add(greeting)
+        time.sleep(0.05)
+    return dist.PrefixStore(f"ekiden/{own}", store)
 
 
 def _number(name: str, default: int | None = None) -> int:
