@@ -38,9 +38,21 @@ class _Shape(ctypes.Structure):
     _fields_ = [
         *((name, _NUMBER) for name in ("batch", "heads", "groups", "tokens", "units", "window")),
         *((name, _NUMBER * 3) for name in ("q", "k", "v", "o", "g")),
+        ("gradient_row", _NUMBER),
         ("threads", _NUMBER),
         ("scale", ctypes.c_float),
     ]
+
+
+_ARGUMENTS: dict[str, list[Any]] = {
+    "attention_forward": [ctypes.POINTER(_Shape), *[_POINTER] * 5],
+    "attention_backward": [ctypes.POINTER(_Shape), *[_POINTER] * 9],
+    "softmax_minus_target": [_POINTER, *[_NUMBER] * 3, *[_POINTER] * 2, *[_NUMBER] * 2],
+    "column_sums": [_POINTER, *[_NUMBER] * 2, *[_POINTER] * 2, _NUMBER],
+    "bias_gelu": [*[_POINTER] * 2, *[_NUMBER] * 2, _POINTER, _NUMBER],
+    "bias_gelu_backward": [*[_POINTER] * 3, *[_NUMBER] * 2, *[_POINTER] * 3, _NUMBER],
+    "norm_backward": [*[_POINTER] * 5, *[_NUMBER] * 2, *[_POINTER] * 4, _NUMBER],
+}
 
 
 @functools.cache
@@ -53,11 +65,9 @@ def library() -> ctypes.CDLL | None:
         found = ctypes.CDLL(str(compiled(compiler, SOURCES, OPTIONS, ["-lm"])))
     except (OSError, subprocess.SubprocessError):
         return None
-    found.attention_forward.argtypes = [ctypes.POINTER(_Shape), *[_POINTER] * 5]
-    found.attention_backward.argtypes = [ctypes.POINTER(_Shape), *[_POINTER] * 9]
-    found.softmax_minus_target.argtypes = [_POINTER, *[_NUMBER] * 3, *[_POINTER] * 2, *[_NUMBER] * 2]
-    for function in (found.attention_forward, found.attention_backward, found.softmax_minus_target):
-        function.restype = None
+    for name, arguments in _ARGUMENTS.items():
+        getattr(found, name).argtypes = arguments
+        getattr(found, name).restype = None
     return found
 
 
@@ -98,10 +108,12 @@ def _shape_of(
     upstream: torch.Tensor,
     scale: float,
     window: int,
+    gradient_row: int = 0,
 ) -> _Shape:
     batch, heads, length, units = query.shape
+    row, threads = gradient_row or heads * units, torch.get_num_threads()
     strides = [(_NUMBER * 3)(*t.stride()[:3]) for t in (query, key, value, out, upstream)]
-    return _Shape(batch, heads, key.shape[1], length, units, window, *strides, torch.get_num_threads(), scale)
+    return _Shape(batch, heads, key.shape[1], length, units, window, *strides, row, threads, scale)
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:
@@ -190,6 +202,72 @@ def _backward(ctx: Any, upstream: torch.Tensor, _sums: torch.Tensor) -> tuple[to
 
 
 _attention.register_autograd(_backward, setup_context=_save)
+
+
+def packed_attention(mixed: torch.Tensor, heads: int) -> torch.Tensor:
+    """Return causal attention [b, T, h d] of queries, keys and values side by side, [b, T, 3 h d]; so is its gradient.
+
+    Raises:
+        RuntimeError: as `attention`.
+    """
+    return _packed(mixed, heads)[0]
+
+
+def _unpacked(mixed: torch.Tensor, heads: int) -> list[torch.Tensor]:
+    """Return views of query, key and value [b, h, T, d] of [b, T, 3 h d]."""
+    return [part.unflatten(2, (heads, -1)).transpose(1, 2) for part in mixed.chunk(3, dim=2)]
+
+
+@torch.library.custom_op("ekiden::packed_attention", mutates_args=(), device_types="cpu")
+def _packed(mixed: torch.Tensor, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the output [b, T, h d] and the logarithms of the softmax's sums [b, h, T]."""
+    query, key, value = _unpacked(mixed, heads)
+    made, sums = _attention(query, key, value, 1 / math.sqrt(query.shape[3]), query.shape[2])
+    return made.transpose(1, 2).flatten(2), sums
+
+
+@_packed.register_fake
+def _packed_outputs(mixed: torch.Tensor, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
+    batch, length, width = mixed.shape
+    return mixed.new_empty((batch, length, width // 3)), mixed.new_empty((batch, heads, length))
+
+
+@torch.library.custom_op("ekiden::packed_attention_backward", mutates_args=(), device_types="cpu")
+def _packed_backward(
+    mixed: torch.Tensor, out: torch.Tensor, upstream: torch.Tensor, sums: torch.Tensor, heads: int
+) -> torch.Tensor:
+    """Return the gradient [b, T, 3 h d] of `mixed`."""
+    found = library()
+    assert found is not None
+    query, key, value = _unpacked(mixed, heads)
+    length, units = query.shape[2:]
+    out, upstream = (_rows(t).unflatten(2, (heads, -1)).transpose(1, 2) for t in (out, upstream))
+    made = torch.empty(mixed.shape)
+    shape = _shape_of(query, key, value, out, upstream, 1 / math.sqrt(units), length, 3 * heads * units)
+    parts = [made[..., part * heads * units :] for part in range(3)]
+    found.attention_backward(
+        ctypes.byref(shape), *_pointers(query, key, value, out, upstream, sums.contiguous(), *parts)
+    )
+    return made
+
+
+@_packed_backward.register_fake
+def _packed_gradient(mixed: torch.Tensor, *_others: Any) -> torch.Tensor:
+    return mixed.new_empty(mixed.shape)
+
+
+def _save_packed(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    mixed, ctx.heads = inputs
+    ctx.save_for_backward(mixed, *output)
+
+
+def _backward_packed(ctx: Any, upstream: torch.Tensor, _sums: torch.Tensor) -> tuple[torch.Tensor, None]:
+    mixed, out, sums = ctx.saved_tensors
+    return _packed_backward(mixed, out, upstream, sums, ctx.heads), None
+
+
+_packed.register_autograd(_backward_packed, setup_context=_save_packed)
+
 
 # -- the loss ---------------------------------------------------------------------------------------------------
 

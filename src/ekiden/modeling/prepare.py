@@ -19,9 +19,11 @@ from ekiden.modeling.build import blocks, body, hidden_states
 from ekiden.modeling.device import Precision
 from ekiden.modeling.fast_parts import install_fast_parts
 from ekiden.modeling.fp16 import protect_from_overflow
+from ekiden.modeling.kernels import library
+from ekiden.modeling.own_parts import install_own_parts
 from ekiden.progress import say
 
-ARITHMETIC = 2
+ARITHMETIC = 3
 """Raised with every change of what a step computes that may show in the last bits; a run resumed across it says so."""
 
 
@@ -45,6 +47,8 @@ def prepare_model(
         setattr(model.config, DOCUMENT_MASK, True)  # for whoever evaluates what was trained
     install(model, attention or choose_attention(config, device, precision, boundary))
     install_fast_parts(model)
+    if device.type == "cpu" and precision.dtype == torch.float32 and library() is not None:
+        install_own_parts(model)
     if precision.dtype == torch.float16:
         protect_from_overflow(model)
     if config.activation_checkpointing:

@@ -15,7 +15,7 @@
 typedef struct {
     int64_t batch, heads, groups, tokens, units, window; /* window: keys that a query sees, itself included */
     int64_t q[3], k[3], v[3], o[3], g[3];                /* strides of batch, head, token; g: of the output's gradient */
-    int64_t threads;
+    int64_t gradient_row, threads; /* gradient_row: floats from a token to the next one in dq, dk and dv */
     float scale;
 } shape;
 
@@ -98,7 +98,7 @@ static void backward_head(const shape *s, int64_t b, int64_t h, const float *q, 
                           const float *g, const float *lse, float *dq, float *dk, float *dv) {
     float turned[MOST_UNITS * BLOCK], upstream[MOST_UNITS * BLOCK], p[KEYS * BLOCK], ds[KEYS * BLOCK];
     float delta[BLOCK], shift[BLOCK];
-    const int64_t d = s->units, group = h / (s->heads / s->groups), row = s->heads * d, start = b * s->tokens * row + h * d;
+    const int64_t d = s->units, group = h / (s->heads / s->groups), row = s->gradient_row, start = b * s->tokens * row + h * d;
     q = at(q, s->q, b, h), k = at(k, s->k, b, group), v = at(v, s->v, b, group), o = at(o, s->o, b, h), g = at(g, s->g, b, h);
     dq += start, dk += start, dv += start;
     for (int64_t t = 0; t < s->tokens; t++)
@@ -134,7 +134,8 @@ static void backward_head(const shape *s, int64_t b, int64_t h, const float *q, 
     }
 }
 
-/* dq, dk, dv [batch, tokens, heads, d], contiguous; dk and dv for every query head by itself. */
+/* dq, dk, dv [batch, tokens, heads, d], a token's at `gradient_row` from the one's before; dk and dv for every query head by
+   itself. */
 void attention_backward(const shape *s, const float *q, const float *k, const float *v, const float *o, const float *g,
                         const float *lse, float *dq, float *dk, float *dv) {
 #pragma omp parallel for schedule(dynamic) num_threads(s->threads)
