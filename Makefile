@@ -25,7 +25,7 @@ quickstart-short: $(READY)  ## the same in a tenth of the steps
 	$(BIN)/ekiden quickstart --short --output-dir $$(mktemp -d)/quickstart
 
 test: $(READY)  ## the unit suite
-	$(BIN)/python -m pytest -m "not slow and not gpu" -n 2
+	$(BIN)/python -m pytest -m "not slow and not gpu" -n 2 --dist loadfile
 
 test-slow: $(READY)  ## the long tests
 	$(BIN)/python -m pytest -m slow

@@ -48,6 +48,13 @@ def test_a_mistake_is_one_sentence(
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize("arguments", [[], ["checkpoint"]], ids=["ekiden", "a group"])
+def test_no_verb_shows_the_verbs(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    status, shown = run(capsys, *arguments)
+    assert status in (0, 2) and "Traceback" not in shown
+    assert [line.strip() for line in shown.splitlines()].count("Commands:") == 1
+
+
 def test_an_unwritable_output_dir_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     status, err = run(capsys, "train", "--dataset-path", tmp_path, "--output-dir", tmp_path / "file" / "run")

@@ -26,6 +26,9 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         cli.main([a for a in arguments if a != "--debug"], prog_name="ekiden", standalone_mode=False)
     except click.ClickException as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # click has it since 8.2; its message is the help
+            click.echo(error.format_message(), err=True)
+            sys.exit(2)
         fail(error.format_message(), 2)
     except click.Abort:
         fail("interrupted", 130)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import heapq
 import io
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -223,8 +224,14 @@ def run_trainer(lines: list[str], vocab_size: int, model_type: str) -> bytes:
         )
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
+        most = re.search(r"too high .* value <= (\d+)", reason)
         raise UserError(
-            f"--vocab-size {vocab_size} cannot be reached with this corpus ({reason}); give a smaller one, or more text"
+            f"--vocab-size {vocab_size} cannot be reached with this corpus"
+            + (
+                f"; give at most {most[1]}, or more text"
+                if most
+                else f" ({reason}); give another, or more text"
+            )
         ) from None
     return result.getvalue()
 
