@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from ekiden.config import TrainConfig, build_config
+from ekiden.modeling.build import blocks
 from ekiden.modeling.device import named_precision
+from ekiden.planning import sharded
 from ekiden.planning.ledger import BLOCK, OUTSIDE, Span, Tally, for_all_blocks
 from ekiden.planning.trace import _update, fully_traced_peak, traced_peak
 from ekiden.training import muon
@@ -183,3 +185,31 @@ def test_the_worst_moment_is_a_moment_and_not_a_sum_of_worst_parts() -> None:
     tally.play([Span(OUTSIDE, "update", [(3, "update", 6), (4, "optimizer", 2)])])
     assert (tally.worst, tally.worst_phase, tally.worst_host) == (18, "update", 99)
     assert tally.worst_parts["update"] == 6 and tally.worst_parts["forward"] == 0
+
+
+@pytest.mark.parametrize(
+    ("preset", "changes"),
+    [
+        ("gpt2-10m", {"num_hidden_layers": 8}),
+        pytest.param("gemma3-tiny", {"num_hidden_layers": 13, "optimizer": "muon"}, marks=pytest.mark.slow),
+    ],
+)
+def test_of_shards_too_a_few_blocks_say_what_all_take(
+    preset: str, changes: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small(preset, **changes)
+    quick = sharded.sharded_peak(config, 500, named_precision("bf16"), 2, 4)
+    sharded._microbatches.cache_clear()
+    monkeypatch.setattr(sharded, "keep_few_blocks", lambda model, **_: list(range(len(blocks(model)))))
+    assert quick == sharded.sharded_peak(config, 500, named_precision("bf16"), 2, 4)
+    sharded._microbatches.cache_clear()
+    assert not torch.distributed.is_initialized()
+
+
+def test_shards_are_a_part_of_everything_that_lasts() -> None:
+    config = small("gpt2-10m", num_hidden_layers=2, hidden_size=256)
+    whole = traced_peak(config, 500, FP32, 1)
+    part = sharded.sharded_peak(config, 500, FP32, 1, 4)
+    for name in ("weights", "optimizer"):
+        assert part.parts[name] == pytest.approx(whole.parts[name] / 4, rel=0.05)
+    assert (part.blocks, part.embedding) == (whole.blocks, whole.embedding)

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from ekiden.modeling.build import blocks, body
+from ekiden.training.matrix_exchange import local
 
 BLOCK = 512
 """Bytes that CUDA's caching allocator rounds every tensor up to."""
@@ -65,8 +66,11 @@ class Ledger:
         return self.spans[-1].phase
 
     def add(self, tensor: torch.Tensor, part: str) -> int:
-        """Count the storage of `tensor`, once, as `part`'s; a known one changes hands. Return its number."""
-        storage = tensor.untyped_storage()
+        """Count the storage of `tensor`, once, as `part`'s; a known one changes hands. Return its number.
+
+        Of a tensor in shards, what is here.
+        """
+        storage = local(tensor).untyped_storage()
         key = storage._cdata
         events = self.spans[-1].events
         if key in self.living:
@@ -79,6 +83,17 @@ class Ledger:
         self.living[key] = number, size, part
         events.append((number, part, size))
         return number
+
+    def resize(self, tensor: torch.Tensor) -> None:
+        """Count anew a storage that was made larger or smaller where it lies, as FSDP does."""
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.living:
+            return
+        number, before, part = self.living[storage._cdata]
+        size = -(-storage.nbytes() // BLOCK) * BLOCK
+        if size != before:
+            self.living[storage._cdata] = number, size, part
+            self.spans[-1].events.append((number, part, size - before))
 
     def _remove(self, key: int) -> None:
         number, size, part = self.living.pop(key)
@@ -96,7 +111,10 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for value in (result,) if isinstance(result, torch.Tensor) else tree_iter(result):
-            if isinstance(value, torch.Tensor) and value.untyped_storage()._cdata not in self.ledger.living:
+            if (
+                isinstance(value, torch.Tensor)
+                and local(value).untyped_storage()._cdata not in self.ledger.living
+            ):
                 self.ledger.add(value, self.ledger.phase)
         return result
 

@@ -18,11 +18,12 @@ from ekiden.errors import UsageError
 from ekiden.modeling.device import Precision, named_precision
 from ekiden.modeling.flops import flops_per_token
 from ekiden.planning.devices import PARALLEL_SHARE, Machine, find_machine, machine_flops
-from ekiden.planning.trace import Peak, traced_peak
+from ekiden.planning.trace import Peak, meta_counts, traced_peak
 from ekiden.planning.words import flags, plan_text
 from ekiden.progress import say
 from ekiden.tokens.format import TokenDataset
 from ekiden.training.order import steps_of_epochs
+from ekiden.training.sharding import is_divided_by_itself
 from ekiden.values import parse_bytes, parse_duration
 
 Tracer = Callable[[TrainConfig, int, Precision, int], Peak]
@@ -70,6 +71,7 @@ class Plan:
     session_seconds: float | None
     least_bytes: int
     asked: TrainConfig
+    sharded: bool = False
     says_recipe: bool = True
 
     @property
@@ -106,6 +108,7 @@ class Plan:
             "peak_during": self.peak.during,
             "host_bytes": self.peak.host,
             "usable_bytes": self.machine.usable_bytes,
+            "sharded": self.sharded,
             "fits": self.fits,
             "change": self.change,
             "changed_peak_bytes": self.changed_peak.total if self.changed_peak else None,
@@ -131,7 +134,7 @@ def make_plan(
     device: str,
     tokens: int | None = None,
     disk_bytes: int | None = None,
-    tracer: Tracer = traced_peak,
+    tracer: Tracer | None = None,
 ) -> Plan:
     """Return what training `config` with a vocabulary of `vocab_size` pieces needs on `device`.
 
@@ -147,6 +150,7 @@ def make_plan(
     config = on_each_device(config, machine.count)
     precision = named_precision(machine.precision if config.precision == "auto" else config.precision)
     flops = machine_flops(machine, precision)
+    tracer = tracer or on_machine(machine)
     say(f"tracing a step of {config.batch_size} x {config.max_length} tokens")
     peak = tracer(config, vocab_size, precision, config.batch_size)
     found = Change({}, peak, peak.total)
@@ -166,7 +170,9 @@ def make_plan(
     rate = count * flops * efficiency / (flops_per_token(final, parameters) * again)
     if tokens is None and config.max_steps:
         tokens = config.max_steps * samples * config.max_length
-    checkpoint = 4 * parameters + moment_bytes(final, found.peak or peak)
+    moments = moment_bytes(final, found.peak or peak)
+    sharded = is_sharded(final, vocab_size, machine)
+    checkpoint = 4 * parameters + moments * (machine.count if sharded else 1)
     return Plan(
         config,
         vocab_size,
@@ -186,7 +192,30 @@ def make_plan(
         parse_duration(config.max_time, "--max-time") or machine.session_seconds,
         found.least,
         asked,
+        sharded,
     )
+
+
+def on_machine(machine: Machine) -> Tracer:
+    """Return what traces a step on one of the machine's devices: with whole weights, or shards where a run would shard."""
+
+    def trace(config: TrainConfig, vocab_size: int, precision: Precision, microbatch: int) -> Peak:
+        if machine.count > 1 and is_sharded(config, vocab_size, machine):
+            from ekiden.planning.sharded import sharded_peak  # 1.5 s of imports that one device needs not
+
+            return sharded_peak(config, vocab_size, precision, microbatch, machine.count)
+        return traced_peak(config, vocab_size, precision, microbatch)
+
+    return trace
+
+
+def is_sharded(config: TrainConfig, vocab_size: int, machine: Machine) -> bool:
+    """Return whether a run on all devices of `machine` divides the weights among them, as `training.sharding` decides."""
+    if machine.count == 1 or config.parallel == "ddp":
+        return False
+    if config.parallel == "fsdp":
+        return True
+    return is_divided_by_itself(config, sum(meta_counts(config, vocab_size)), machine.total_bytes)
 
 
 def as_asked(change: dict[str, Any], asked: TrainConfig) -> dict[str, Any]:
@@ -263,7 +292,7 @@ def smallest_change(
     itself. Where weights and gradients alone are too much nothing helps, and nothing is traced.
     """
     smallest = whole.total
-    if whole.parts["weights"] + whole.parts["gradients"] > machine.usable_bytes:
+    if machine.count == 1 and whole.parts["weights"] + whole.parts["gradients"] > machine.usable_bytes:
         return Change({}, None, whole.parts["weights"] + whole.parts["gradients"])
     for remedy in REMEDIES:
         if not is_possible(config, remedy):
@@ -294,6 +323,8 @@ def smallest_change(
 def is_possible(config: TrainConfig, remedy: dict[str, Any]) -> bool:
     """Return whether the settings go together with this one, and their packages are installed."""
     if remedy and all(getattr(config, name) == value for name, value in remedy.items()):
+        return False
+    if config.parallel == "fsdp" and {"optimizer_moments", "cpu_offload"} & set(remedy):
         return False
     if "8bit" in remedy.values() and find_spec("bitsandbytes") is None:
         return False

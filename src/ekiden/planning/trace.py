@@ -77,7 +77,7 @@ class Peak:
 
 
 @dataclass(frozen=True)
-class _Update:
+class Update:
     """An update of all weights: bytes that stand before it, by part, what it does, and parameters."""
 
     standing: dict[str, int]
@@ -95,34 +95,44 @@ def traced_peak(config: TrainConfig, vocab_size: int, precision: Precision, micr
     Raises:
         UsageError: settings of which no model can be built.
     """
-    update = _update(_text(config, OF_THE_MICROBATCH), vocab_size)
-    spans = _microbatch(_text(config, OF_THE_UPDATE), vocab_size, precision.name, microbatch)
+    update = _update(settings_text(config, OF_THE_MICROBATCH), vocab_size)
+    spans = _microbatch(settings_text(config, OF_THE_UPDATE), vocab_size, precision.name, microbatch)
     tally = Tally(**update.standing)
     # The last microbatch of a step stands beside the loss of the one before, until it has its own, and beside their sum.
     turn = max(number for number, span in enumerate(spans) if span.phase == "forward") + 1
     tally.play([_scalars(forward=3, backward=1), *spans[:turn], _scalars(forward=-2), *spans[turn:]])
     tally.play([_scalars(forward=-1, backward=-1), *update.spans])
-    return _peak(tally, update.blocks, update.embedding)
+    return peak_of(tally, update.blocks, update.embedding)
+
+
+def meta_counts(config: TrainConfig, vocab_size: int) -> tuple[int, int]:
+    """Return the parameters in the blocks, and in the embedding."""
+    return _counts(settings_text(config, (*OF_THE_UPDATE, *OF_THE_MICROBATCH)), vocab_size)
+
+
+@functools.lru_cache(maxsize=64)
+def _counts(text: str, vocab_size: int) -> tuple[int, int]:
+    return parameter_counts(meta_model(TrainConfig(**json.loads(text)), vocab_size))
 
 
 def fully_traced_peak(config: TrainConfig, vocab_size: int, precision: Precision, microbatch: int) -> Peak:
     """Return the same with every block and every pass of `training.memory.try_step` run: slow, and what is right."""
     ledger = Ledger()
-    model = _meta_model(config, vocab_size)
+    model = meta_model(config, vocab_size)
     counts = parameter_counts(model)
-    with _without_data():
-        _make_ready(model, config, precision)
+    with without_data():
+        make_ready(model, config, precision)
         optimizer = build_optimizer(model, config)
         for tensor in [*model.parameters(), *model.buffers()]:
             ledger.add(tensor, "weights")
         watch_gradients(model, ledger)
-        _watch_update(optimizer, ledger, config.cpu_offload)
-        with _phases(ledger), Watch(ledger):
+        watch_update(optimizer, ledger, config.cpu_offload)
+        with phases(ledger), Watch(ledger):
             state = cast(Any, SimpleNamespace(model=model, optimizer=optimizer))
             try_step(state, precision, microbatch, config.max_length, config.loss_chunk_size)
     tally = Tally()
     tally.play(ledger.spans)
-    return _peak(tally, *counts)
+    return peak_of(tally, *counts)
 
 
 def _scalars(**counts: int) -> Span:
@@ -130,11 +140,11 @@ def _scalars(**counts: int) -> Span:
     return Span(OUTSIDE, "forward", [(-1, part, count * BLOCK) for part, count in counts.items()])
 
 
-def _peak(tally: Tally, blocks: int, embedding: int) -> Peak:
+def peak_of(tally: Tally, blocks: int, embedding: int) -> Peak:
     return Peak(tally.worst, tally.worst_parts, tally.worst_phase, tally.worst_host, blocks, embedding)
 
 
-def _text(config: TrainConfig, left_out: tuple[str, ...]) -> str:
+def settings_text(config: TrainConfig, left_out: tuple[str, ...]) -> str:
     """Return the settings as text, the same for all that differ in nothing that is traced."""
     default = TrainConfig()
     seen = (
@@ -150,17 +160,17 @@ def _microbatch(text: str, vocab_size: int, precision: str, microbatch: int) -> 
     """Return what a microbatch does beside gradients that exist, for all blocks."""
     config = TrainConfig(**json.loads(text))
     ledger = Ledger()
-    model = _meta_model(config, vocab_size)
+    model = meta_model(config, vocab_size)
     like = keep_few_blocks(model)
-    with _without_data():
-        _make_ready(model, config, named_precision(precision))
-        _stand_before(model, ledger)
+    with without_data():
+        make_ready(model, config, named_precision(precision))
+        stand_before(model, ledger)
         watch_gradients(model, ledger)
         watch_blocks(model, ledger)
         # As the full step has it, which fetches a batch at the end of the one before.
         ledger.spans = [Span(OUTSIDE, "backward")]
         windows = np.zeros((microbatch, config.max_length), dtype=np.int64)
-        with _phases(ledger), Watch(ledger):
+        with phases(ledger), Watch(ledger):
             accumulate_gradients(
                 model,
                 [(windows, windows)],
@@ -172,27 +182,27 @@ def _microbatch(text: str, vocab_size: int, precision: str, microbatch: int) -> 
 
 
 @functools.lru_cache(maxsize=16)
-def _update(text: str, vocab_size: int) -> _Update:
+def _update(text: str, vocab_size: int) -> Update:
     """Return what an update does where there are moments already."""
     config = TrainConfig(**json.loads(text))
     ledger = Ledger()
-    model = _meta_model(config, vocab_size)
+    model = meta_model(config, vocab_size)
     counts = parameter_counts(model)
-    with _without_data():
+    with without_data():
         materialise(model)
         optimizer = build_optimizer(model, config)
-        _stand_before(model, ledger)
-        kept = _watch_update(optimizer, ledger, config.cpu_offload)
+        stand_before(model, ledger)
+        kept = watch_update(optimizer, ledger, config.cpu_offload)
         if isinstance(optimizer, Muon):
-            _take_stacks_once(optimizer)
+            take_stacks_once(optimizer)
         before = len(ledger.spans)
         ledger.mark(phase="backward")
         with Watch(ledger):
             apply_update(optimizer, torch.full((), torch.nan), 0.0, 1.0)
-    return _Update(*_as_a_later_one(ledger.spans, before, kept), *counts)
+    return Update(*as_a_later_one(ledger.spans, before, kept), *counts)
 
 
-def _take_stacks_once(optimizer: Muon) -> None:
+def take_stacks_once(optimizer: Muon) -> None:
     """Let Muon take one stack of every size and shape, and only make the moments of others like it: they need as much."""
     update = optimizer._update
     seen: set[Any] = set()
@@ -208,7 +218,7 @@ def _take_stacks_once(optimizer: Muon) -> None:
     optimizer._update = once  # type: ignore[method-assign]
 
 
-def _as_a_later_one(spans: list[Span], before: int, kept: set[int]) -> tuple[dict[str, int], list[Span]]:
+def as_a_later_one(spans: list[Span], before: int, kept: set[int]) -> tuple[dict[str, int], list[Span]]:
     """Return what stands before an update, and the update, as if the moments `kept` by this first one had been there."""
     start = Tally()
     start.play(spans[:before])
@@ -225,8 +235,8 @@ def _as_a_later_one(spans: list[Span], before: int, kept: set[int]) -> tuple[dic
     return start.bytes, later
 
 
-def keep_few_blocks(model: PreTrainedModel) -> list[int]:
-    """Leave `model` the first two blocks of each kind and the last one; return for every block the number of its like.
+def keep_few_blocks(model: PreTrainedModel, first: int = 2, last: int = 1) -> list[int]:
+    """Leave `model` the `first` blocks of each kind and the `last` of all; return for every block the number of its like.
 
     The first of a kind is the last in the backward pass, where what its kind shares (rotations of positions) is freed;
     the output of the last one is freed outside of all blocks.
@@ -235,16 +245,17 @@ def keep_few_blocks(model: PreTrainedModel) -> list[int]:
     settings: Any = model.config
     kinds = list(getattr(settings, "layer_types", None) or ["alike"] * len(all_blocks))
     of_kind = {kind: [n for n, other in enumerate(kinds) if other == kind] for kind in kinds}
-    chosen = sorted({len(kinds) - 1, *(number for numbers in of_kind.values() for number in numbers[:2])})
+    ends = range(max(0, len(kinds) - last), len(kinds))
+    chosen = sorted({*ends, *(number for numbers in of_kind.values() for number in numbers[:first])})
     decoder: Any = body(model)
     setattr(decoder, "h" if hasattr(decoder, "h") else "layers", nn.ModuleList(all_blocks[n] for n in chosen))
     settings.num_hidden_layers = len(chosen)
     if getattr(settings, "layer_types", None):
         settings.layer_types = [kinds[number] for number in chosen]
-    return [chosen.index(n if n in chosen else of_kind[kind][1]) for n, kind in enumerate(kinds)]
+    return [chosen.index(n if n in chosen else of_kind[kind][first - 1]) for n, kind in enumerate(kinds)]
 
 
-def _stand_before(model: PreTrainedModel, ledger: Ledger) -> None:
+def stand_before(model: PreTrainedModel, ledger: Ledger) -> None:
     """Count weights, and gradients of microbatches before."""
     for tensor in [*model.parameters(), *model.buffers()]:
         ledger.add(tensor, "weights")
@@ -253,12 +264,12 @@ def _stand_before(model: PreTrainedModel, ledger: Ledger) -> None:
         ledger.add(parameter.grad, "gradients")
 
 
-def _meta_model(config: TrainConfig, vocab_size: int) -> PreTrainedModel:
+def meta_model(config: TrainConfig, vocab_size: int) -> PreTrainedModel:
     with torch.device("meta"):
         return build_model(config, vocab_size, pad_id=0, bos_id=1, eos_id=2, seed=0)
 
 
-def _make_ready(model: PreTrainedModel, config: TrainConfig, precision: Precision) -> None:
+def make_ready(model: PreTrainedModel, config: TrainConfig, precision: Precision) -> None:
     """Give `model` memory, and make it what training makes of it on a device with good kernels."""
     materialise(model)
     eager = dataclasses.replace(config, compile="off")
@@ -267,7 +278,7 @@ def _make_ready(model: PreTrainedModel, config: TrainConfig, precision: Precisio
 
 
 @contextlib.contextmanager
-def _without_data() -> Iterator[None]:
+def without_data() -> Iterator[None]:
     """Make tensors that have no data; fills of new memory, which are no part of a step's work, are left out."""
     deterministic = torch.are_deterministic_algorithms_enabled()
     try:
@@ -279,7 +290,7 @@ def _without_data() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _phases(ledger: Ledger) -> Iterator[None]:
+def phases(ledger: Ledger) -> Iterator[None]:
     """Mark forward and backward passes as they begin."""
     before = step_module.fault_hook
     step_module.fault_hook = lambda _index, phase: ledger.mark(phase=phase)
@@ -301,7 +312,7 @@ def materialise(model: PreTrainedModel) -> None:
     model.tie_weights()
 
 
-def _watch_update(optimizer: torch.optim.Optimizer, ledger: Ledger, on_host: bool) -> set[int]:
+def watch_update(optimizer: torch.optim.Optimizer, ledger: Ledger, on_host: bool) -> set[int]:
     """Mark updates, and count moments as such; `on_host`: what the update makes is the host's.
 
     Returns:

@@ -21,6 +21,9 @@ CHINCHILLA = 20
 """Tokens a parameter that a training run of given cost should see (Hoffmann et al. 2022, arXiv:2203.15556)."""
 
 
+_SHARDED = "weights, gradients and moments are divided among the GPUs (FSDP, by --parallel)"
+
+
 def plan_text(plan: Plan) -> str:
     """Return `plan` as lines of at most 100 characters (flags are never cut in two)."""
     machine, peak, config = plan.machine, plan.peak, plan.config
@@ -37,6 +40,7 @@ def plan_text(plan: Plan) -> str:
                 f"{config.max_length} tokens",
                 _parts(peak),
                 *_verdict(plan),
+                *([_SHARDED] if plan.sharded else []),
             ],
         ),
         ("speed", _speed(plan)),
@@ -85,6 +89,8 @@ def _verdict(plan: Plan) -> list[str]:
 
 
 def _way_out(plan: Plan) -> str:
+    if plan.machine.count > 1:
+        return "lower --max-length, or choose a smaller preset or a device with more memory"
     standing = sum(plan.peak.parts[name] for name in ("weights", "gradients"))
     if standing > plan.machine.usable_bytes:
         return "choose a smaller preset or a device with more memory"

@@ -51,11 +51,9 @@ def wants_shards(config: TrainConfig, ranks: Ranks, parameters: int, device: tor
     if ranks.world == 1:
         return False
     if config.parallel == "auto":
-        compact = config.optimizer_moments != "fp32" or config.cpu_offload
-        if config.elastic_exact or compact or device.type != "cuda":
+        if device.type != "cuda":
             return False
-        memory = torch.cuda.get_device_properties(device).total_memory
-        return STATE_BYTES * parameters > STATE_SHARE * memory
+        return is_divided_by_itself(config, parameters, torch.cuda.get_device_properties(device).total_memory)
     if config.parallel == "ddp":
         return False
     if config.optimizer_moments != "fp32" or config.cpu_offload:
@@ -66,6 +64,14 @@ def wants_shards(config: TrainConfig, ranks: Ranks, parameters: int, device: tor
     if config.elastic_exact:
         raise UserError("--elastic-exact sums whole gradients; give --parallel ddp")
     return True
+
+
+def is_divided_by_itself(config: TrainConfig, parameters: int, memory: int) -> bool:
+    """Return whether `parallel: auto` shards a model on several GPUs of `memory` bytes each."""
+    compact = config.optimizer_moments != "fp32" or config.cpu_offload
+    if config.elastic_exact or compact:
+        return False
+    return STATE_BYTES * parameters > STATE_SHARE * memory
 
 
 def shard_state(state: TrainingState, ranks: Ranks, device: torch.device, precision: Precision) -> None:
