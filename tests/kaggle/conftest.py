@@ -52,7 +52,8 @@ def packed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     """Return the shards as two datasets: folder by reference."""
     folder = tmp_path_factory.mktemp("packed")
     size = sum(path.stat().st_size for path in shards.rglob("*") if path.is_file())
-    pack = plan_pack(shards, "tiny-corpus", max_part_bytes=size // 2 + 1, chunk_bytes=size // 4 + 1)
+    chunk = size // 4 + 1
+    pack = plan_pack(shards, "tiny-corpus", max_part_bytes=2 * chunk, chunk_bytes=chunk)
     assert pack.parts == 2
     for part in (1, 2):
         write_part(pack, part, folder / str(part))
