@@ -18,6 +18,7 @@ from ekiden.modeling.attention import MATH, Attention
 from ekiden.modeling.build import build_model
 from ekiden.modeling.device import named_precision
 from ekiden.modeling.prepare import checkpoint_activations, prepare_model
+from ekiden.training import facts as facts_module
 from ekiden.training import microbatch
 from ekiden.training import start as start_module
 from ekiden.training import step as step_module
@@ -121,10 +122,22 @@ def test_another_kernel_is_said_on_resume(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train(settings(3))
-    assert "flash attention" in capsys.readouterr().err
+    first = starts(tmp_path / "run")[0]["environment"]["attention"]
+    assert first.startswith(("own AVX-512", "flash")) and f"{first} attention" in capsys.readouterr().err
     monkeypatch.setattr(prepare_module, "choose_attention", plain_arithmetic)
     train(settings(4))
-    assert "sums may differ in the last bits (attention was flash, is math)" in capsys.readouterr().err
+    assert f"sums may differ in the last bits (attention was {first}, is math)" in capsys.readouterr().err
+
+
+def test_arithmetic_without_our_own_kernels_is_said_on_resume(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(facts_module, "library", lambda: object())
+    train(settings(3))
+    capsys.readouterr()
+    monkeypatch.setattr(facts_module, "library", lambda: None)
+    train(settings(4))
+    assert "(kernels was own, is PyTorch's)" in capsys.readouterr().err
 
 
 def gradients(config: TrainConfig, checkpointed: bool) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
