@@ -77,3 +77,17 @@ def test_tokens_in_the_same_company_get_neighbouring_rows() -> None:
     # Of no text nothing is known.
     nothing = (np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))
     assert not embedding_rows(nothing, 13, 8, seed=3)[1].any()
+
+
+def test_of_a_large_vocabulary_only_the_frequent_tokens_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the rows are those of a vocabulary that has no others."""
+    tokens = [0, 1, 2, 3] * 50 + [1, 4, 2, 5]
+    data, mixture = dataset(a=tokens), plan_mixture({"a": len(tokens)}, 4, seed=1)
+    data.vocab_size = 40
+    assert 5 in count_associations(data, mixture)[1]
+    monkeypatch.setattr(cooccurrence, "MOST_TOKENS", 4)
+    pairs = count_associations(data, mixture)
+    assert set(pairs[0]) | set(pairs[1]) == {0, 1, 2, 3}
+    rows, known = embedding_rows(pairs, 40, 3, seed=1)
+    assert known.tolist() == [True] * 4 + [False] * 36 and not rows[4:].any()
+    assert torch.equal(rows[:4], embedding_rows(pairs, 4, 3, seed=1)[0])

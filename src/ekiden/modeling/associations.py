@@ -32,6 +32,13 @@ def embedding_rows(
     "Neural word embedding as implicit matrix factorization"), turned at random so that no unit is another's better. A
     token that is near none is left at 0. One thread: the bits do not depend on how many there are.
     """
+    tokens, places = np.unique(np.concatenate(associations[:2]), return_inverse=True)
+    if 2 * len(tokens) < vocab_size:  # time and memory grow with the matrix
+        first, second = np.split(places, 2)
+        found, found_known = embedding_rows((first, second, associations[2]), len(tokens), units, seed)
+        rows, known = torch.zeros(vocab_size, units), torch.zeros(vocab_size, dtype=torch.bool)
+        rows[tokens], known[tokens] = found, found_known
+        return rows, known
     count = min(units, RANK, vocab_size)
     generator = torch.Generator().manual_seed(seed)
     threads = torch.get_num_threads()

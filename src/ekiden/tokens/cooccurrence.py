@@ -21,6 +21,8 @@ WINDOW = 4
 SMOOTHING = 0.75
 """Power of the frequencies that a pair is compared with, so that rare tokens are not kin to everything (Levy, Goldberg &
 Dagan 2015, Transactions of the ACL 3)."""
+MOST_TOKENS = 65_536
+"""The most frequent tokens, between which pairs count: of a larger vocabulary few others are met often enough."""
 
 
 Associations = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -71,4 +73,8 @@ def _above_chance(keys: np.ndarray, counts: np.ndarray, size: int) -> Associatio
     strength = 0.5 * np.maximum(0.0, joint - log[first] - log_smooth[second])
     strength += 0.5 * np.maximum(0.0, joint - log[second] - log_smooth[first])
     kept = strength > 0
+    if size > MOST_TOKENS:
+        often = np.zeros(size, dtype=bool)
+        often[np.argsort(-frequency, kind="stable")[:MOST_TOKENS]] = True
+        kept &= often[first] & often[second]
     return first[kept], second[kept], strength[kept].astype(np.float32)
