@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import socket
 import sys
 from collections.abc import Iterator
@@ -210,3 +211,6 @@ def test_ranks_of_a_start_meet_beside_what_a_dead_start_left(monkeypatch: pytest
             stores = list(pool.map(lambda rank: store_of_this_start(rank, 3), range(3)))
         stores[0].set("address", f"of start {start}")
         assert [store.get("address") for store in stores] == [f"of start {start}".encode()] * 3
+    monkeypatch.setattr("ekiden.training.ranks.GROUP_TIMEOUT", datetime.timedelta(seconds=0.2))
+    with pytest.raises(RuntimeError, match="not all of them came"):
+        store_of_this_start(0, 3)

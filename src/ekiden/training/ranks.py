@@ -291,6 +291,9 @@ def store_of_this_start(rank: int, world: int) -> dist.Store:
     torchrun's own store lives on when it restarts the ranks. Its count of restarts (TORCHELASTIC_RESTART_COUNT) does not
     tell the starts apart: it is each node's own, and where the ranks of one node die, the other's are restarted uncounted.
     So rank 0 gives this start a name, and tells it whoever greets it, until all have answered under that name.
+
+    Raises:
+        RuntimeError: a rank did not come within GROUP_TIMEOUT.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # rank 0 opens one for this start
         given, *_ = next(dist.rendezvous("env://", rank, world, timeout=GROUP_TIMEOUT))
@@ -305,7 +308,10 @@ def store_of_this_start(rank: int, world: int) -> dist.Store:
         store.set(f"ekiden/{name}/{rank}", "here")
         return dist.PrefixStore(f"ekiden/{name}", store)
     told: set[str] = set()
+    latest = time.monotonic() + GROUP_TIMEOUT.total_seconds()
     while not store.check([f"ekiden/{own}/{other}" for other in range(1, world)]):
+        if time.monotonic() > latest:
+            raise RuntimeError("not all of them came")
         for other in range(1, world):
             if store.check([f"ekiden/hello/{other}"]):
                 greeting = store.get(f"ekiden/hello/{other}").decode()
