@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp._fully_shard import _fsdp_param, _fsdp_param_group
@@ -29,7 +28,6 @@ from ekiden.planning.trace import (
     OF_THE_UPDATE,
     Peak,
     Update,
-    as_a_later_one,
     keep_few_blocks,
     make_ready,
     materialise,
@@ -37,15 +35,11 @@ from ekiden.planning.trace import (
     peak_of,
     phases,
     settings_text,
-    stand_before,
-    take_stacks_once,
-    watch_update,
+    update_spans,
     without_data,
 )
-from ekiden.training.muon import Muon
-from ekiden.training.optimizer import build_optimizer
 from ekiden.training.sharding import shard_model
-from ekiden.training.step import accumulate_gradients, apply_update
+from ekiden.training.step import accumulate_gradients
 
 
 def sharded_peak(
@@ -104,20 +98,10 @@ def _update(text: str, vocab_size: int, world: int) -> Update:
     config = TrainConfig(**json.loads(text))
     model = meta_model(config, vocab_size)
     counts = parameter_counts(model)
-    ledger = Ledger()
     with _one_of(world) as mesh, without_data():
         materialise(model)
         shard_model(model, mesh, named_precision("fp32"))
-        optimizer = build_optimizer(model, config)
-        stand_before(model, ledger)
-        kept = watch_update(optimizer, ledger, config.cpu_offload)
-        if isinstance(optimizer, Muon):
-            take_stacks_once(optimizer)
-        before = len(ledger.spans)
-        ledger.mark(phase="backward")
-        with Watch(ledger):
-            apply_update(optimizer, torch.full((), torch.nan), 0.0, 1.0)
-    return Update(*as_a_later_one(ledger.spans, before, kept), *counts)
+        return Update(*update_spans(model, config), *counts)
 
 
 @contextlib.contextmanager

@@ -185,21 +185,26 @@ def _microbatch(text: str, vocab_size: int, precision: str, microbatch: int) -> 
 def _update(text: str, vocab_size: int) -> Update:
     """Return what an update does where there are moments already."""
     config = TrainConfig(**json.loads(text))
-    ledger = Ledger()
     model = meta_model(config, vocab_size)
     counts = parameter_counts(model)
     with without_data():
         materialise(model)
-        optimizer = build_optimizer(model, config)
-        stand_before(model, ledger)
-        kept = watch_update(optimizer, ledger, config.cpu_offload)
-        if isinstance(optimizer, Muon):
-            take_stacks_once(optimizer)
-        before = len(ledger.spans)
-        ledger.mark(phase="backward")
-        with Watch(ledger):
-            apply_update(optimizer, torch.full((), torch.nan), 0.0, 1.0)
-    return Update(*as_a_later_one(ledger.spans, before, kept), *counts)
+        return Update(*update_spans(model, config), *counts)
+
+
+def update_spans(model: PreTrainedModel, config: TrainConfig) -> tuple[dict[str, int], list[Span]]:
+    """Return what an update of this model, or of its shards, does where there are moments already: as `as_a_later_one`."""
+    ledger = Ledger()
+    optimizer = build_optimizer(model, config)
+    stand_before(model, ledger)
+    kept = watch_update(optimizer, ledger, config.cpu_offload)
+    if isinstance(optimizer, Muon):
+        take_stacks_once(optimizer)
+    before = len(ledger.spans)
+    ledger.mark(phase="backward")
+    with Watch(ledger):
+        apply_update(optimizer, torch.full((), torch.nan), 0.0, 1.0)
+    return as_a_later_one(ledger.spans, before, kept)
 
 
 def take_stacks_once(optimizer: Muon) -> None:
