@@ -163,11 +163,6 @@ class Ranks:
         dist.broadcast(buffer, src=0, group=self._control)
         return json.loads(bytes(buffer.numpy()))
 
-    def take_from_main(self, tensor: torch.Tensor) -> None:
-        """Overwrite a CPU tensor with the main rank's."""
-        if self.world > 1:
-            dist.broadcast(tensor, src=0, group=self._control)
-
     def on_main(self, work: Callable[[], T]) -> T:
         """Return on all ranks what `work`, done by the main one, returned (a JSON value).
 
@@ -233,7 +228,7 @@ class Ranks:
     def copy_from_main(self, tensor: torch.Tensor) -> None:
         """Overwrite `tensor` with the main rank's, in place."""
         if self.world > 1:
-            dist.broadcast(tensor, src=0)
+            dist.broadcast(tensor, src=0, group=self._control if tensor.device.type == "cpu" else None)
 
     # -- failure ----------------------------------------------------------------------------------------------
 

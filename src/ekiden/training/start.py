@@ -209,7 +209,7 @@ def place_model(
         associations=associations,
     )
     if associations is not None:  # their eigenvectors' last bits depend on the CPU
-        ranks.take_from_main(head_weight(model).detach())
+        ranks.copy_from_main(head_weight(model).detach())
     sharded = wants_shards(config, ranks, sum(p.numel() for p in model.parameters()), device)
     if sharded and config.batch_size == AUTO:
         raise UserError(
