@@ -6,13 +6,10 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
+from ekiden.config_fields import TrainConfig
 from ekiden.errors import UsageError, nearest
 from ekiden.values import parse_bytes, parse_duration
-
-if TYPE_CHECKING:
-    from ekiden.config import TrainConfig
 
 AUTO = 0
 """`batch_size` where the largest microbatch that fits is to be found."""
