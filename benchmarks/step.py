@@ -52,7 +52,8 @@ import transformers
 
 from ekiden.config import TrainConfig, build_config
 from ekiden.modeling import kernels
-from ekiden.modeling.attention import CANDIDATES, OWN, attend_in_chunks, choose_attention
+from ekiden.modeling.attention import OWN, attend_in_chunks
+from ekiden.modeling.attention_choice import CANDIDATES, choose_attention
 from ekiden.modeling.build import build_model, parameter_counts
 from ekiden.modeling.device import (
     Precision,

@@ -15,18 +15,16 @@ from transformers import PreTrainedModel
 from ekiden.config import TrainConfig, build_config
 from ekiden.errors import UserError
 from ekiden.modeling.attention import (
-    CANDIDATES,
     MATH,
     Attention,
     Kernel,
     attention_name,
-    choose_attention,
     document_boundary,
     document_numbers,
     install,
-    planned_attention,
     run_kernel,
 )
+from ekiden.modeling.attention_choice import CANDIDATES, choose_attention, planned_attention
 from ekiden.modeling.build import body, build_model, hidden_states
 from ekiden.modeling.device import named_precision
 from ekiden.modeling.prepare import checkpoint_activations, prepare_model

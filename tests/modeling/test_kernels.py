@@ -10,7 +10,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ekiden.config import build_config
 from ekiden.modeling import kernels
-from ekiden.modeling.attention import OWN, attention_name, choose_attention
+from ekiden.modeling.attention import OWN, attention_name
+from ekiden.modeling.attention_choice import choose_attention
 from ekiden.modeling.build import build_model, hidden_states
 from ekiden.modeling.device import named_precision
 from ekiden.modeling.loss import chunked_cross_entropy

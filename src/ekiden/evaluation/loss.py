@@ -17,7 +17,7 @@ import torch
 
 from ekiden.errors import UserError
 from ekiden.export.load import LoadedModel, load_model
-from ekiden.modeling.attention import install_as_trained
+from ekiden.modeling.attention_choice import install_as_trained
 from ekiden.modeling.build import head_weight, hidden_states, inside_forward
 from ekiden.modeling.device import Precision, select_precision
 from ekiden.modeling.loss import IGNORE, chunked_cross_entropy

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 from ekiden.config import TrainConfig
 from ekiden.config_checks import AUTO
-from ekiden.modeling.attention import DOCUMENT_MASK, Attention, choose_attention, document_boundary, install
+from ekiden.modeling.attention import DOCUMENT_MASK, Attention, document_boundary, install
+from ekiden.modeling.attention_choice import choose_attention
 from ekiden.modeling.build import blocks, body, hidden_states
 from ekiden.modeling.device import Precision
 from ekiden.modeling.fast_parts import install_fast_parts

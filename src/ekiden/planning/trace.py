@@ -29,7 +29,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
 from ekiden.config import TrainConfig
-from ekiden.modeling.attention import document_boundary, planned_attention
+from ekiden.modeling.attention import document_boundary
+from ekiden.modeling.attention_choice import planned_attention
 from ekiden.modeling.build import blocks, body, build_model, parameter_counts
 from ekiden.modeling.device import Precision, named_precision
 from ekiden.modeling.prepare import prepare_model
