@@ -1,4 +1,4 @@
-"""Which kernels a model's layers attend with: each is tried on the device, forward and backward, and the first right one is taken.
+"""Which kernels a model's layers attend with: each is tried on the device, forward and backward; the first right one is taken.
 
 What a kernel takes depends on the device, the width of a head, the type, the mask and PyTorch's version, and some fail only
 when they are run (heads of 256 on sm_75 and sm_86). `prepare.prepare_model` asks `choose_attention` before training,

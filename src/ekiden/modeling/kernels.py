@@ -2,7 +2,7 @@
 
 Compiled once for a machine (two seconds), with the instructions that all processors of this kind have, so that every one of
 them computes the same numbers; the number of threads changes none. On AVX2 PyTorch's own kernels were the faster ones
-(docs/performance.md). `modeling.attention_choice` has this one tried before PyTorch's, `modeling.loss` asks `softmax_kernel`. With
+(docs/performance.md). `modeling.attention_choice` tries this one before PyTorch's, `modeling.loss` asks `softmax_kernel`. With
 EKIDEN_KERNEL=0, or without a compiler, PyTorch's are used, and results differ in their last bits.
 """
 
