@@ -4,12 +4,14 @@
 
 Trains both families with Ekiden's own `train` for a fixed number of tokens, for every recipe, seed and learning rate
 asked for, and compares them. A finished run is kept in `OUT/runs/` under its recipe, rate, seed and tokens; the same
-command again does only what is missing, and goes on with what was interrupted. `--report` trains nothing.
+command again does only what is missing, and goes on with what was interrupted. `--report` trains nothing. As many runs
+go on at a time as there are cores, each on one thread, so that the figures are the same on any number of cores.
 
 `tokens_ratio` is the share of the plan recipe's tokens with which another recipe ends where the plan's ends (macro
 bits per byte), from runs of several lengths, each with its own schedule; between two lengths it is interpolated in
-the logarithm of the tokens. `konkani_change_percent` compares the mixture of the default with a proportional one,
-all else equal. The last line printed is one JSON object.
+the logarithm of the tokens. `konkani_change_percent` compares Ekiden's mixture and tokenizer (by n^0.3) with a proportional
+mixture and a tokenizer by n^0.5, all else equal. `largest` are the largest values inside a model at its end (fp16 ends
+at 65,504) and the steps that were skipped. Curves go to `OUT/learning.png`. The last line printed is one JSON object.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import contextlib
 import json
 import math
 import multiprocessing
+import os
 import shutil
 import statistics
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -123,8 +126,14 @@ RATES = {
 }
 """Learning rate of AdamW where the recipe has one of its own: the best of those tried (docs/recipe.md)."""
 MATRIX_RATE = 0.02
-LENGTHS = {"plan": (1.0,), "default": (0.3, 0.5), "proportional": (1.2,), "mixed": (1.2,)}
+LENGTHS = {"plan": (1.0,), "proportional": (0.6,), "mixed": (0.6,), "default": (0.3, 0.2)}
 """Lengths of the runs that are done where none is given, as shares of the plan recipe's tokens."""
+QUICK_LENGTHS = {"plan": (1.0,), "proportional": (1.2,), "mixed": (1.2,), "default": (0.4, 0.2, 0.1)}
+"""The same of `--quick`, whose plan runs are half as long."""
+TOKENIZERS = {"mixed": 0.3}
+"""n^this of the languages' bytes makes the recipe's tokenizer: `ekiden tokenizer train`'s own for Ekiden's mixture."""
+TOKENIZER = 0.5
+"""The others'."""
 
 
 @dataclass(frozen=True)
@@ -137,35 +146,52 @@ class Run:
     seed: int
     tokens: int
     more: tuple[tuple[str, str], ...] = ()
+    tokenizer: float = TOKENIZER
 
     @property
     def name(self) -> str:
         """Folder of the run."""
         more = "".join(f"-{key}={value}" for key, value in self.more)
-        return f"{self.family}-{self.recipe}-lr{self.rate:g}-seed{self.seed}-{self.tokens}{more}"
+        return f"{self.family}-{self.recipe}-lr{self.rate:g}-seed{self.seed}-{self.tokens}{self.of_tokenizer}{more}"
+
+    @property
+    def of_tokenizer(self) -> str:
+        """The tokenizer, where it is not the recipe's own."""
+        own = TOKENIZERS.get(self.recipe, TOKENIZER)
+        return "" if self.tokenizer == own else f"-n^{self.tokenizer:g}"
+
+    @property
+    def label(self) -> str:
+        """Its recipe with all that was changed."""
+        return self.recipe + self.of_tokenizer + "".join(f" {key}={value}" for key, value in self.more)
 
 
-def prepare(corpus: str, folder: Path, vocab_size: int, temperature: float) -> Path:
-    """Return token shards of the corpus under a tokenizer of its own; made once."""
+def shards_of(folder: Path, temperature: float) -> Path:
+    """Return where the token shards under a tokenizer by n^temperature are."""
+    return folder / f"shards-n^{temperature:g}"
+
+
+def prepare(corpus: str, folder: Path, vocab_size: int, temperature: float) -> None:
+    """Make token shards of the corpus under a tokenizer of its own, once."""
     from ekiden.tokenizer.train import train_tokenizer
     from ekiden.tokens.build import preprocess
 
-    tokenizer, shards = folder / "tokenizer.model", folder / "shards"
+    tokenizer = folder / f"tokenizer-n^{temperature:g}.model"
     if not tokenizer.exists():
         train_tokenizer(
             [corpus], str(tokenizer), vocab_size=vocab_size, model_type="bpe", temperature=temperature
         )
-    preprocess([corpus], str(tokenizer), str(shards), test_split=0.01, num_proc=1)
-    return shards
+    preprocess([corpus], str(tokenizer), str(shards_of(folder, temperature)), test_split=0.01)
 
 
-def train_one(run: Run, shards: Path, folder: Path, threads: int, evaluations: int) -> dict[str, Any]:
+def train_one(run: Run, folder: Path, threads: int, evaluations: int) -> dict[str, Any]:
     """Train `run` unless it is done; return its curve: tokens and bits per byte of every evaluation."""
     place = folder / "runs" / run.name
     finished = place.with_name(run.name + ".json")
     if finished.exists():
         return json.loads(finished.read_text())
     import torch
+    from low_precision import largest_value
 
     from ekiden.config import build_config
     from ekiden.training.history import read_history
@@ -177,7 +203,7 @@ def train_one(run: Run, shards: Path, folder: Path, threads: int, evaluations: i
     steps = run.tokens // (config.batch_size * config.gradient_accumulation_steps * config.max_length)
     every = max(1, steps // evaluations)
     run_settings = {
-        "dataset_path": str(shards),
+        "dataset_path": str(shards_of(folder, run.tokenizer)),
         "output_dir": str(place),
         "max_steps": steps,
         (
@@ -199,8 +225,9 @@ def train_one(run: Run, shards: Path, folder: Path, threads: int, evaluations: i
         contextlib.redirect_stdout(log),
     ):
         ended = train(build_config(SHAPES[run.family]["preset"], **{**settings, **run_settings}))
-    if ended.status != "completed":
-        raise SystemExit(f"{run.name} was stopped ({ended.reason}); the same command goes on with it")
+        if ended.status != "completed":
+            raise SystemExit(f"{run.name} was stopped ({ended.reason}); the same command goes on with it")
+        largest = largest_value(place / "final_model", shards_of(folder, run.tokenizer))
     per_step = steps and run.tokens // steps
     records = list(read_history(place / "history.jsonl"))
     evaluated = [record for record in records if record["kind"] == "eval"]
@@ -210,6 +237,8 @@ def train_one(run: Run, shards: Path, folder: Path, threads: int, evaluations: i
         "bits_per_byte": [bits_of(record) for record in evaluated],
         "seconds": max(record["seconds"] for record in records if record["kind"] == "train"),
         "losses": [(r["step"], r["loss"], r["grad_norm"]) for r in records if r["kind"] == "train"],
+        "skipped": sum(r.get("event") == "skip" for r in records),
+        "largest_value": round(largest, 1),
     }
     finished.write_text(json.dumps(result))
     for name in ("checkpoints", "best", "final_model"):
@@ -243,8 +272,7 @@ def groups(results: list[tuple[Run, dict[str, Any]]]) -> dict[tuple[str, ...], l
     """Return the final figures of all seeds, by (family, recipe with its changes, rate, tokens)."""
     grouped: dict[tuple[Any, ...], list[dict[str, float]]] = {}
     for run, result in results:
-        name = run.recipe + "".join(f" {key}={value}" for key, value in run.more)
-        grouped.setdefault((run.family, name, run.rate, run.tokens), []).append(final(result))
+        grouped.setdefault((run.family, run.label, run.rate, run.tokens), []).append(final(result))
     return grouped
 
 
@@ -287,9 +315,8 @@ def tokens_ratio(
     return None
 
 
-def report(folder: Path) -> dict[str, Any]:
-    """Print a table of every finished run, and return the figures of the last line."""
-    grouped = groups(finished_runs(folder))
+def print_table(grouped: dict[tuple[str, ...], list[dict[str, float]]]) -> None:
+    """Print a line for every recipe, rate and length."""
     for (family, recipe, rate, tokens), rows in sorted(grouped.items()):
         averages = mean(rows)
         spread = max(row["macro"] for row in rows) - min(row["macro"] for row in rows)
@@ -298,25 +325,86 @@ def report(folder: Path) -> dict[str, Any]:
             f"{family:<7} {recipe:<40} lr {rate:<7g} {tokens:>9,} tokens  {len(rows)} seeds  "
             f"macro {averages['macro']:.4f} (spread {spread:.4f})  {languages}"
         )
+
+
+def largest_values(results: list[tuple[Run, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """Return the largest values in the models of each recipe's longest runs, and the steps that were skipped there."""
+    longest: dict[str, tuple[int, dict[str, Any]]] = {}
+    for run, result in results:
+        key = f"{run.family} {run.label}"
+        before, figures = longest.get(key, (0, {}))
+        if "largest_value" not in result or run.tokens < before:
+            continue
+        if run.tokens > before:
+            figures = {"tokens": run.tokens, "value": 0.0, "skipped": 0}
+        figures["value"] = max(figures["value"], result["largest_value"])
+        figures["skipped"] += result["skipped"]
+        longest[key] = run.tokens, figures
+    return {key: figures for key, (_tokens, figures) in longest.items()}
+
+
+def report(folder: Path) -> dict[str, Any]:
+    """Print a table of every finished run, and return the figures of the last line."""
+    results = finished_runs(folder)
+    grouped = groups(results)
+    print_table(grouped)
     best = best_rates(grouped)
     ratios: dict[str, dict[str, float | None]] = {}
     bits: dict[str, dict[str, dict[str, float]]] = {}
-    changes: dict[str, float] = {}
+    changes: dict[str, dict[str, float]] = {}
     for family in sorted({key[0] for key in best}):
         recipes = sorted({key[1] for key in best if key[0] == family})
         ratios[family] = {
-            recipe: tokens_ratio(best, family, recipe) for recipe in recipes if recipe != BASELINE
+            recipe: tokens_ratio(best, family, recipe)
+            for recipe in recipes
+            if recipe not in (BASELINE, "mixed", "proportional")
         }
-        longest = {r: max(t for f, name, t in best if (f, name) == (family, r)) for r in recipes}
         bits[family] = {
-            f"{recipe} {tokens}": {k: round(v, 4) for k, v in mean(best[family, recipe, tokens]).items()}
-            for recipe, tokens in longest.items()
+            f"{recipe} {tokens}": {k: round(v, 4) for k, v in mean(rows).items()}
+            for (f, recipe, tokens), rows in sorted(best.items())
+            if f == family
         }
         change = mixture_change(best, family)
         if change:
-            changes[family] = change["konkani"]
-            print(f"{family}: Ekiden's mixture against proportional, percent: {change}")
-    return {"tokens_ratio": ratios, "konkani_change_percent": changes, "bits_per_byte": bits}
+            changes[family] = change
+            print(f"{family}: Ekiden's mixture and tokenizer against proportional, percent: {change}")
+    draw(results, folder / "learning.png")
+    return {
+        "tokens_ratio": ratios,
+        "konkani_change_percent": {family: change.get("konkani") for family, change in changes.items()},
+        "change_percent": changes,
+        "bits_per_byte": bits,
+        "largest": largest_values(results),
+    }
+
+
+def draw(results: list[tuple[Run, dict[str, Any]]], path: Path) -> None:
+    """Draw bits per byte of every language against tokens, a line for each run, a colour for each recipe."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("no curves: matplotlib is missing (pip install 'ekiden[report]')")
+        return
+    families = sorted({run.family for run, _ in results})
+    languages = sorted({name for _, result in results for name in final(result)})
+    recipes = sorted({run.label for run, _ in results})
+    if not results:
+        return
+    figure = Figure(figsize=(4 * len(languages), 3.5 * len(families)), layout="constrained")
+    axes = figure.subplots(len(families), len(languages), squeeze=False)
+    for run, result in results:
+        for column, language in enumerate(languages):
+            place = axes[families.index(run.family)][column]
+            bits = [point.get(language, math.nan) for point in result["bits_per_byte"]]
+            place.plot(
+                result["tokens"], bits, color=f"C{recipes.index(run.label) % 10}", label=run.label, lw=1
+            )
+            place.set(
+                title=f"{run.family}, {language}", xscale="log", xlabel="tokens", ylabel="bits per byte"
+            )
+    named = {line.get_label(): line for place in axes.flat for line in place.get_lines()}
+    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=4, fontsize="small")
+    figure.savefig(path, dpi=120)
 
 
 def mixture_change(best: dict[tuple[str, str, int], list[dict[str, float]]], family: str) -> dict[str, float]:
@@ -337,15 +425,29 @@ def numbers(text: str) -> list[float]:
 
 def chosen_runs(options: argparse.Namespace, more: tuple[tuple[str, str], ...]) -> list[Run]:
     """Return the runs that the options ask for, the plan's first: everything else is compared with them."""
-    whole = 153_600 if options.quick else 307_200
+    whole, shares = (153_600, QUICK_LENGTHS) if options.quick else (307_200, LENGTHS)
     runs = []
     for seed in [1.0] if options.quick else options.seeds:
-        for recipe in options.recipe or LENGTHS:
-            lengths = options.tokens or [share * whole for share in LENGTHS.get(recipe, (0.3,))]
+        for recipe in options.recipe or shares:
+            lengths = options.tokens or [share * whole for share in shares.get(recipe, (0.3,))]
+            tokenizer = options.tokenizer_temperature or TOKENIZERS.get(recipe, TOKENIZER)
             for family in options.family or SHAPES:
                 rates = options.rates or [RATES.get((family, recipe), MATRIX_RATE)]
-                runs += [Run(family, recipe, r, int(seed), int(n), more) for n in lengths for r in rates]
+                runs += [
+                    Run(family, recipe, rate, int(seed), round(tokens), more, tokenizer)
+                    for tokens in lengths
+                    for rate in rates
+                ]
     return runs
+
+
+def cores() -> int:
+    """Return how many runs to do at a time: one a core that this process may use; one where there is a GPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        return 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def main() -> None:
@@ -367,21 +469,26 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], help="field=value of TrainConfig, for every run")
     parser.add_argument("--vocab-size", type=int, default=4096)
     parser.add_argument(
-        "--tokenizer-temperature", type=float, default=0.5, help="balance of the tokenizer; of a new folder"
+        "--tokenizer-temperature",
+        type=float,
+        help="balance of the tokenizer of every recipe (default: 0.3 for `mixed`, 0.5 for the others)",
     )
-    parser.add_argument("--threads", type=int, default=1, help="of one run")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    parser.add_argument("--evaluations", type=int, default=10, help="evaluations a run")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="of one run; another number gives other roundings"
+    )
+    parser.add_argument("--jobs", type=int, help="runs at a time (default: the cores there are; 1 on a GPU)")
+    parser.add_argument("--evaluations", type=int, default=5, help="evaluations a run")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     if not options.report:
-        shards = prepare(options.corpus, options.folder, options.vocab_size, options.tokenizer_temperature)
         more = tuple(sorted(tuple(pair.split("=", 1)) for pair in options.set))
         runs = chosen_runs(options, more)
+        for temperature in sorted({run.tokenizer for run in runs}):
+            prepare(options.corpus, options.folder, options.vocab_size, temperature)
         spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(options.jobs, mp_context=spawn, max_tasks_per_child=1) as pool:
+        with ProcessPoolExecutor(options.jobs or cores(), mp_context=spawn, max_tasks_per_child=1) as pool:
             waiting = {
-                pool.submit(train_one, run, shards, options.folder, options.threads, options.evaluations): run
+                pool.submit(train_one, run, options.folder, options.threads, options.evaluations): run
                 for run in runs
             }
             for done in as_completed(waiting):

@@ -1,13 +1,14 @@
-"""bf16 and fp16 beside fp32 over a short training, and the largest value that a layer of the trained model puts out.
+"""bf16 and fp16 beside fp32 over a short training, and the largest value inside the trained model.
 
     python benchmarks/low_precision.py [--steps 100] [--fp16]
-    python benchmarks/low_precision.py --model RUN/final_model
+    python benchmarks/low_precision.py --model RUN/final_model --dataset-path SHARDS
 
 Trains GPT-2 and Gemma 3 of 3 layers x 64 on the built-in corpus with Ekiden's own `train`, the same data in both
 precisions, 4 x 128 tokens a step, one thread. `--fp16` trains in fp16 with loss scaling too, which `train` refuses on a CPU for
 its slowness: the arithmetic is fp16's all the same, but for Muon's products (fp32 on a CPU). The last line is one JSON
 object: the mean training loss over the last ten steps in nats a token for each, the steps that were skipped, and the largest
-absolute value that any module but the head put out (fp16 ends at 65,504); with `--model` that of a model already trained.
+absolute value that any module but the head took in or put out for test text (fp16 ends at 65,504); with `--model` that of a
+model already trained.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import ekiden.training.start
 from ekiden.config import build_config
 from ekiden.modeling.device import named_precision
 from ekiden.tokenizer.train import train_tokenizer
+from ekiden.tokens.format import TokenDataset
 from ekiden.training.history import read_history
 
 SHAPE = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2, "head_dim": 32}
@@ -62,23 +64,31 @@ def train(preset: str, precision: str, shards: Path, output: Path, steps: int) -
     return sum(losses[-10:]) / len(losses[-10:]), skipped
 
 
-def largest_output(folder: Path) -> float:
-    """Return the largest absolute value that a module below the head puts out for 4 x 128 random pieces."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    largest = 0.0
+def largest_value(folder: Path, shards: Path) -> float:
+    """Return the largest absolute value that a module below the head takes in or puts out.
 
-    def look(_module: Any, _inputs: Any, output: Any) -> None:
-        nonlocal largest
-        for value in output if isinstance(output, tuple) else (output,):
+    It is given the first 4 x 128 test tokens of every language of `shards`, and as many random pieces.
+    """
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    values = [0.0]
+
+    def look(_module: Any, inputs: Any, output: Any) -> None:
+        for value in (*inputs, *(output if isinstance(output, tuple) else (output,))):
             if isinstance(value, torch.Tensor) and value.is_floating_point():
-                largest = max(largest, value.abs().max().item())
+                values.append(value.abs().max().item())
 
     for module in model.base_model.modules():
         module.register_forward_hook(look)
     torch.manual_seed(0)
+    dataset = TokenDataset.open(shards)
+    batches = [torch.randint(0, model.config.vocab_size, (512,))]
+    for language in dataset.languages:
+        test = dataset.split(language, "test")
+        batches.append(torch.from_numpy(test.read(0, min(512, test.tokens)).astype("int64")))
     with torch.no_grad():
-        model(torch.randint(0, model.config.vocab_size, (4, 128)))
-    return largest
+        for ids in batches:
+            model(ids[: len(ids) // 4 * 4].view(4, -1))
+    return max(values)
 
 
 def main() -> None:
@@ -86,9 +96,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--fp16", action="store_true", help="train in fp16 with loss scaling too")
     parser.add_argument("--model", type=Path, help="only look at this model")
+    parser.add_argument("--dataset-path", type=Path, help="token shards of that model")
     options = parser.parse_args()
     if options.model:
-        print(json.dumps({"largest_output": round(largest_output(options.model), 1)}))
+        if not options.dataset_path:
+            parser.error("--model needs --dataset-path")
+        print(json.dumps({"largest_value": round(largest_value(options.model, options.dataset_path), 1)}))
         return
     result: dict[str, Any] = {"steps": options.steps}
     with tempfile.TemporaryDirectory() as name:
@@ -102,7 +115,8 @@ def main() -> None:
                 output = folder / f"{preset}-{precision}"
                 loss, skipped = train(preset, precision, folder / "shards", output, options.steps)
                 figures |= {precision: round(loss, 4), f"{precision}_skipped": skipped}
-            figures["largest_output"] = round(largest_output(folder / f"{preset}-fp32" / "final_model"), 1)
+            trained = folder / f"{preset}-fp32" / "final_model"
+            figures["largest_value"] = round(largest_value(trained, folder / "shards"), 1)
             result[preset] = figures
     print(json.dumps(result))
 
