@@ -20,7 +20,8 @@ from ekiden.checkpoint import files
 from ekiden.checkpoint import mirror as mirrors
 from ekiden.checkpoint.manifest import NAME
 from ekiden.checkpoint.mirror import MirrorError, open_mirror, restore_from_mirror
-from ekiden.checkpoint.mirror_backends import Entry, FolderBackend, read_file
+from ekiden.checkpoint.mirror_backends import FolderBackend, read_file
+from ekiden.checkpoint.mirror_files import Entry
 from ekiden.checkpoint.store import CheckpointStore
 from ekiden.errors import UsageError, UserError
 

@@ -16,8 +16,9 @@ from pyarrow import parquet
 
 from ekiden.corpus import documents
 from ekiden.corpus.documents import read_documents
+from ekiden.corpus.formats import SourceFile
 from ekiden.corpus.ledger import Ledger, line_number
-from ekiden.corpus.sources import SourceFile, discover
+from ekiden.corpus.sources import discover
 from ekiden.errors import UserError
 
 

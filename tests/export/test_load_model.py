@@ -118,7 +118,7 @@ def test_what_is_not_a_model(tmp_path, run):
         load_model(broken, "cpu")
 
 
-def test_weights_that_are_not_the_configs(run, tmp_path, capfd):
+def test_weights_that_are_not_the_configs(run, tmp_path):
     folder = tmp_path / "other"
     shutil.copytree(run / "best", folder)
     (folder / "MANIFEST.json").unlink()

@@ -25,14 +25,8 @@ from typing import Any, TypeVar
 from ekiden.checkpoint import files
 from ekiden.checkpoint.folder import Checkpoint
 from ekiden.checkpoint.manifest import NAME, Damaged, verify_folder
-from ekiden.checkpoint.mirror_backends import (
-    COMMIT,
-    Backend,
-    Entry,
-    Source,
-    open_backend,
-    read_file,
-)
+from ekiden.checkpoint.mirror_backends import open_backend, read_file
+from ekiden.checkpoint.mirror_files import COMMIT, Backend, Entry, Source
 from ekiden.checkpoint.mirror_state import (
     MAX_COMMIT_BYTES,
     MirrorState,

@@ -21,7 +21,7 @@ from huggingface_hub.utils import (
     logging,
 )
 
-from ekiden.checkpoint.mirror_backends import FOLDER, Entry, Source, is_ours
+from ekiden.checkpoint.mirror_files import FOLDER, Entry, Source, is_ours
 from ekiden.progress import say
 
 TIMEOUT_SECONDS = 120.0

@@ -17,7 +17,7 @@ from typing import Any
 from ekiden.checkpoint import files
 from ekiden.checkpoint.folder import Checkpoint
 from ekiden.checkpoint.manifest import MAX_BYTES, MAX_FILES, NAME, Damaged, check_name
-from ekiden.checkpoint.mirror_backends import Source
+from ekiden.checkpoint.mirror_files import Source
 from ekiden.checkpoint.strict_json import parse_json
 
 EXTRAS = ("history.jsonl", "config.yaml", "result.json")

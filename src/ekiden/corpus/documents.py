@@ -16,9 +16,9 @@ from typing import IO, Any
 
 import orjson
 
+from ekiden.corpus.formats import SourceFile
 from ekiden.corpus.hub import open_source
 from ekiden.corpus.ledger import Ledger
-from ekiden.corpus.sources import SourceFile
 
 MAX_RECORD_BYTES = 16 << 20
 """A longer line or text is counted, not held in memory: it is a broken file far more often than a document."""

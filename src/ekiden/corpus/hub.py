@@ -12,12 +12,12 @@ import importlib
 import io
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from ekiden.corpus.sources import FORMATS, SourceFile
+from ekiden.corpus.formats import FORMATS, SourceFile
 from ekiden.errors import UserError, nearest
 from ekiden.progress import say
 
@@ -70,12 +70,12 @@ def parse(argument: str) -> Address:
     return Address(match[1], match[2], match[3])
 
 
-def hub_files(argument: str, commit: str | None = None) -> list[SourceFile]:
+def hub_files(argument: str, commits: Mapping[str, str] | None = None) -> list[SourceFile]:
     """Return the files of a dataset on the hub, sorted, with the commit in their paths.
 
     Args:
         argument: hf://datasets/OWNER/NAME[@config][:split].
-        commit: of an earlier start that is taken up; None: the newest.
+        commits: OWNER/NAME: commit, of an earlier start that is taken up; others: the newest.
 
     Raises:
         UserError: it is missing, private, gated, offline, or has no such configuration or split, or no file that is read.
@@ -84,6 +84,7 @@ def hub_files(argument: str, commit: str | None = None) -> list[SourceFile]:
     from huggingface_hub.hf_api import RepoFile
 
     address = parse(argument)
+    commit = (commits or {}).get(address.repo)
     api = HfApi()
     info = _ask(address, lambda: api.dataset_info(address.repo, revision=commit, timeout=TIMEOUT))
     _ask(address, lambda: api.auth_check(address.repo, repo_type="dataset"))

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from ekiden.corpus.formats import is_compressed
+
 EXAMPLES = 3
 """Places kept for each reason."""
 
@@ -106,8 +108,6 @@ def line_number(file: str, offset: int) -> int:
 
     Counted only for the few examples shown: a worker that starts in the middle of a file does not know it.
     """
-    from ekiden.corpus.sources import is_compressed
-
     if is_compressed(file):
         return offset
     line = 1

@@ -7,34 +7,12 @@ their language named.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
+from ekiden.corpus.formats import FORMATS, SourceFile, file_format
+from ekiden.corpus.hub import hub_files
 from ekiden.errors import UserError
 from ekiden.progress import say
-
-FORMATS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt")
-_COMPRESSED = (".gz", ".zst", ".parquet")
-
-
-@dataclass(frozen=True)
-class SourceFile:
-    """One file: where it is, its size in bytes, one of FORMATS, its name below the corpus (for saying, and identity)."""
-
-    path: str
-    size: int
-    format: str
-    name: str = ""
-
-
-def file_format(path: Path) -> str | None:
-    """Return the format of a file by its name; None: not one that is read."""
-    return next((suffix for suffix in FORMATS if path.name.endswith(suffix)), None)
-
-
-def is_compressed(path: str) -> bool:
-    """Return whether a file can only be read as a whole, from its beginning."""
-    return path.endswith(_COMPRESSED)
 
 
 def discover(
@@ -63,7 +41,7 @@ def discover(
                 raise UserError(
                     f"corpus {argument}: its language is not known; write LANGUAGE={argument}, or add --language"
                 )
-            found.setdefault(name, []).extend(_hub_files(match[2], commits or {}))
+            found.setdefault(name, []).extend(hub_files(match[2], commits))
             continue
         if not path.exists():
             raise UserError(
@@ -92,12 +70,6 @@ def discover(
             f"corpus {' '.join(corpus)} holds no {', '.join(FORMATS)} file; give a folder with text"
         )
     return dict(sorted(found.items()))
-
-
-def _hub_files(address: str, commits: dict[str, str]) -> list[SourceFile]:
-    from ekiden.corpus import hub  # which stands on this module
-
-    return hub.hub_files(address, commits.get(hub.parse(address).repo))
 
 
 def _files(path: Path) -> list[SourceFile]:

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from ekiden.corpus.documents import read_documents
+from ekiden.corpus.formats import FORMATS, SourceFile, file_format
 from ekiden.corpus.ledger import Ledger
-from ekiden.corpus.sources import FORMATS, SourceFile, file_format
 from ekiden.errors import UserError
 from ekiden.export.llama_tokens import STOPS, LlamaTokens, Vocabulary, vocabulary
 from ekiden.progress import say

@@ -20,8 +20,9 @@ import xxhash
 
 from ekiden.checkpoint import files
 from ekiden.corpus.documents import read_documents
+from ekiden.corpus.formats import SourceFile
 from ekiden.corpus.ledger import Ledger
-from ekiden.corpus.sources import SourceFile, discover
+from ekiden.corpus.sources import discover
 from ekiden.errors import UsageError, UserError
 from ekiden.progress import Progress, say
 from ekiden.tokenizer.load import SENTENCEPIECE_FILE, SentencePieceTokenizer, Tokenizer

@@ -53,14 +53,7 @@ def plan_mixture(
         UserError: the cap leaves too little text for the run, or there are too many languages.
     """
     assert tokens and min(tokens.values()) > 0 and length > 0
-    raw = (
-        _explicit(weights, tokens, "--language-weights") if weights else _by_temperature(tokens, temperature)
-    )
-    if len(raw) > BLOCK:
-        raise UserError(
-            f"the shards hold {len(raw)} languages, a mixture at most {BLOCK}; leave some out by "
-            "--language-weights"
-        )
+    raw = _wished(tokens, temperature, weights)
     small_share = 0.0 if weights else small_share
     if small_share or max_epochs is not None:
         assert total_samples is not None and total_samples > 0
@@ -112,6 +105,21 @@ def final_shares(
     read = {name: count * mixture.length for name, count in mixture.samples_of(first).items()}
     total = max(1, total_samples - first) * mixture.length
     return _limited(shares, sizes, total, max_epochs, 0.0 if weights else small_share, read)
+
+
+def _wished(
+    tokens: Mapping[str, int], temperature: float, weights: Mapping[str, float] | None
+) -> dict[str, float]:
+    """Return the weight of each language by temperature or as given, before any limit."""
+    wished = (
+        _explicit(weights, tokens, "--language-weights") if weights else _by_temperature(tokens, temperature)
+    )
+    if len(wished) > BLOCK:
+        raise UserError(
+            f"the shards hold {len(wished)} languages, a mixture at most {BLOCK}; leave some out by "
+            "--language-weights"
+        )
+    return wished
 
 
 def _limited(

@@ -17,9 +17,9 @@ import xxhash
 from ekiden.corpus import hub
 from ekiden.corpus.cleaning import Cleaning
 from ekiden.corpus.documents import read_documents, row_groups
+from ekiden.corpus.formats import SourceFile, is_compressed
 from ekiden.corpus.hub import is_remote
 from ekiden.corpus.ledger import Ledger
-from ekiden.corpus.sources import SourceFile, is_compressed
 from ekiden.errors import UsageError
 from ekiden.tokenizer.load import Tokenizer
 

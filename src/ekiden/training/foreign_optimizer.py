@@ -7,16 +7,14 @@ shape agrees. Otherwise nothing is taken, and the reason is told.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ekiden.checkpoint.lazy import LazyTensor
+from ekiden.training.foreign_weights import Matched
 from ekiden.training.muon import Muon
-
-if TYPE_CHECKING:
-    from ekiden.training.foreign import Matched
-    from ekiden.training.state import TrainingState
+from ekiden.training.state import TrainingState
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
