@@ -477,7 +477,7 @@ def main() -> None:
         "--threads", type=int, default=1, help="of one run; another number gives other roundings"
     )
     parser.add_argument("--jobs", type=int, help="runs at a time (default: the cores there are; 1 on a GPU)")
-    parser.add_argument("--evaluations", type=int, default=5, help="evaluations a run")
+    parser.add_argument("--evaluations", type=int, default=3, help="evaluations a run")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     if not options.report:
