@@ -128,7 +128,7 @@ RATES = {
 MATRIX_RATE = 0.02
 LENGTHS = {"plan": (1.0,), "proportional": (0.6,), "mixed": (0.6,), "default": (0.3, 0.2)}
 """Lengths of the runs that are done where none is given, as shares of the plan recipe's tokens."""
-QUICK_LENGTHS = {"plan": (1.0,), "proportional": (1.2,), "mixed": (1.2,), "default": (0.4, 0.2, 0.1)}
+QUICK_LENGTHS = {"plan": (1.0,), "proportional": (1.2,), "mixed": (1.2,), "default": (0.3, 0.2, 0.1)}
 """The same of `--quick`, whose plan runs are half as long."""
 TOKENIZERS = {"mixed": 0.3}
 """n^this of the languages' bytes makes the recipe's tokenizer: `ekiden tokenizer train`'s own for Ekiden's mixture."""
