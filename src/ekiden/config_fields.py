@@ -52,6 +52,9 @@ class TrainConfig:
     """Weights at step 0: transformers' own; scaled so that every block starts quiet beside the residual stream; unigram:
     scaled, and it predicts how frequent each token is; or cooccurrence: that, and tokens that stand near one another in the
     text have neighbouring rows in the embedding."""
+    local_heads: bool = True
+    """Gemma 3 that begins with frequencies (unigram, cooccurrence): heads of the first block look one, two and three tokens back
+    at step 0."""
 
     # The order of the data
     seed: int = 1337
@@ -94,7 +97,7 @@ class TrainConfig:
     # The optimizer
     optimizer: Literal["adamw", "muon"] = "muon"
     """adamw for every parameter, or muon for the matrices of the blocks and AdamW for the rest."""
-    learning_rate: float = 0.012
+    learning_rate: float = 0.006
     """Peak learning rate of AdamW; with muon of vectors, and of the embedding times sqrt(256 / hidden_size)."""
     matrix_learning_rate: float = 0.02
     """Peak learning rate of muon's matrices, the same for every width."""

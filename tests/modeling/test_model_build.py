@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -225,3 +226,37 @@ def test_a_model_predicts_the_unigrams_at_step_0(preset):
     # Without, a tied model predicts its own input.
     with_them, without = losses[0] - entropy, losses[1] - entropy
     assert -0.1 < with_them < (0.3 if preset == "gpt2-10m" else 0.9) and without > 3 * with_them
+
+
+@pytest.mark.parametrize("heads", [(4, 1, 48), (8, 4, 64), (4, 1, 256)])
+def test_a_new_gemmas_first_heads_look_one_two_and_three_tokens_back(heads):
+    shape = dict(zip(("num_attention_heads", "num_key_value_heads", "head_dim"), heads))
+    config = small("gemma3-tiny", hidden_size=96, num_hidden_layers=2, sliding_window=16, **shape)
+    ids = torch.from_numpy(np.random.default_rng(1).integers(4, 50, (2, 24)))
+    shares = {}
+    for local in (True, False):
+        config = dataclasses.replace(config, local_heads=local)
+        built = build_model(config, 50, None, 1, 2, seed=1, unigrams=np.full(50, 1 / 50))
+        built.set_attn_implementation("eager")
+        with torch.no_grad():
+            weights = built(input_ids=ids, output_attentions=True).attentions[0]  # [b, heads, T, T]
+        shares[local] = [
+            weights[:, offset - 1].diagonal(-offset, dim1=-2, dim2=-1)[:, 3:].mean().item()
+            for offset in (1, 2, 3)
+        ]
+    assert all(share > 0.4 for share in shares[True]) and all(share < 0.2 for share in shares[False])
+
+
+def test_local_heads_leave_other_models_alone():
+    unigrams = np.full(50, 1 / 50)
+    for preset, more in (
+        ("gpt2-10m", {}),
+        ("gemma3-tiny", {"num_attention_heads": 1, "num_key_value_heads": 1}),
+    ):
+        with_them, without = (
+            build_model(
+                small(preset, local_heads=local, **more), 50, None, 1, 2, seed=1, unigrams=unigrams
+            ).state_dict()
+            for local in (True, False)
+        )
+        assert all(torch.equal(with_them[name], without[name]) for name in without)

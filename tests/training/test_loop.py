@@ -19,7 +19,7 @@ from campaign import outcome
 from forked import Command
 
 from ekiden.checkpoint import files
-from ekiden.config import TrainConfig, to_yaml
+from ekiden.config import TrainConfig, build_config, to_yaml
 from ekiden.errors import UserError
 from ekiden.export.load import load_model
 from ekiden.training import evaluating
@@ -173,6 +173,15 @@ def test_a_run_from_before_a_part_of_the_recipe_goes_on_without_it(settings: Set
     assert as_it_began(config, {**saved, "initialization": "scaled"}).initialization == "scaled"
     before = whole | {"initialization": "unigram", "small_language_share": 0.12}
     assert changed_settings(before, as_it_began(config, before)) == {}
+
+
+def test_a_run_from_before_heads_began_local_keeps_its_rate(settings: Settings) -> None:
+    config = build_config("gemma3-tiny", dataset_path="shards", output_dir="run")
+    saved = dataclasses.asdict(config) | {"learning_rate": 0.012}
+    del saved["local_heads"]
+    goes_on = as_it_began(config, saved)
+    assert (goes_on.learning_rate, goes_on.local_heads) == (0.012, False)
+    assert changed_settings(saved, goes_on) == {}
 
 
 def test_a_run_from_before_a_part_was_given_to_small_languages_goes_on_with_its_own_mixture(

@@ -19,6 +19,7 @@ from transformers import PretrainedConfig as ModelConfig
 from ekiden.config import TrainConfig
 from ekiden.modeling.associations import Associations, embedding_rows
 from ekiden.modeling.attention import forward_arguments
+from ekiden.modeling.local_heads import look_back
 
 T = TypeVar("T")
 
@@ -107,6 +108,8 @@ def build_model(
             place_by_company(head_weight(model), associations, seed)
         if config.initialization in ("unigram", "cooccurrence") and unigrams is not None:
             predict_unigrams(model, torch.from_numpy(np.log(unigrams)).float(), pad_id)
+            if config.local_heads and config.model_type == "gemma3":
+                look_back(model, math.sqrt(config.hidden_size) * CONSTANT / math.sqrt(CONSTANT**2 + 1))
     return model.float().train()
 
 

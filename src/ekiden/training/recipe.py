@@ -8,7 +8,7 @@ from __future__ import annotations
 from ekiden.config import TrainConfig, build_config
 
 SETTINGS = (
-    "initialization optimizer learning_rate matrix_learning_rate muon_momentum muon_first_momentum "
+    "initialization local_heads optimizer learning_rate matrix_learning_rate muon_momentum muon_first_momentum "
     "muon_momentum_steps muon_even muon_first_beta1 beta1 beta2 adam_epsilon weight_decay schedule warmup_steps decay_ratio "
     "min_learning_rate_ratio max_grad_norm temperature final_temperature final_share small_language_share "
     "max_epochs_per_language language_weights final_language_weights"

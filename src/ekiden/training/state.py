@@ -258,6 +258,7 @@ SINCE: dict[str, Callable[[dict[str, Any]], Any]] = {
     "muon_even": lambda saved: False,
     "muon_first_beta1": lambda saved: saved["beta1"],
     "small_language_share": lambda saved: 0.0,
+    "local_heads": lambda saved: False,
 }
 """What a run did before a setting existed, where its default does something else."""
 OTHER_DEFAULT = {
@@ -265,9 +266,10 @@ OTHER_DEFAULT = {
     "final_temperature": "small_language_share",
     "initialization": "muon_even",
     "beta2": "muon_even",
+    "learning_rate": "local_heads",
 }
 """Settings whose default changed when another setting came."""
-BEGINNING = ("initialization", "small_language_share")
+BEGINNING = ("initialization", "small_language_share", "local_heads")
 """Settings that are used where a run begins: weights and order of the data are in the checkpoint. Their defaults have changed."""
 
 
