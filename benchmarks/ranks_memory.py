@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "faults"))
 from common import small_shards
 from ranks import run_ranks, signalled
 
-from ekiden.config import build_config
+from ekiden.config import TrainConfig, build_config
 from ekiden.training import loop, start
 from ekiden.training.saving import Saving
 
@@ -78,6 +78,33 @@ def folder() -> Iterator[Path]:
         yield Path(name)
 
 
+def settings(options: argparse.Namespace, shards: Path, run: Path, save_steps: int) -> TrainConfig:
+    """Return the settings of a run of two steps of the shape that was asked for."""
+    return build_config(
+        "gpt2-10m",
+        dataset_path=str(shards),
+        output_dir=str(run),
+        hidden_size=options.width,
+        intermediate_size=4 * options.width,
+        num_hidden_layers=options.layers,
+        num_attention_heads=options.width // 64,
+        num_key_value_heads=options.width // 64,
+        max_length=32,
+        batch_size=1,
+        gradient_accumulation_steps=1,
+        max_steps=2,
+        save_steps=save_steps,
+        eval_steps=0,
+        sample_tokens=1,
+        num_threads=1,
+        report=False,
+        precision="fp32",
+        parallel=options.parallel,
+        optimizer=options.optimizer,
+        background_save=False,
+    )
+
+
 def main() -> None:
     """Measure a fresh start and a resumed one."""
     parser = argparse.ArgumentParser(
@@ -94,30 +121,7 @@ def main() -> None:
         with contextlib.redirect_stdout(sys.stderr):
             shards = small_shards(place)
         for number, steps in enumerate((1, 2)):
-            config = build_config(
-                "gpt2-10m",
-                dataset_path=str(shards),
-                output_dir=str(place / "run"),
-                hidden_size=options.width,
-                intermediate_size=4 * options.width,
-                num_hidden_layers=options.layers,
-                num_attention_heads=options.width // 64,
-                num_key_value_heads=options.width // 64,
-                max_length=32,
-                batch_size=1,
-                gradient_accumulation_steps=1,
-                max_steps=2,
-                save_steps=steps,
-                eval_steps=0,
-                sample_tokens=1,
-                num_threads=1,
-                report=False,
-                precision="fp32",
-                parallel=options.parallel,
-                optimizer=options.optimizer,
-                background_save=False,
-            )
-
+            config = settings(options, shards, place / "run", save_steps=steps)
             fault = signalled(0, count=1) if number == 0 else None
 
             def hooks(rank: int, fault: Any = fault, number: int = number) -> None:

@@ -24,7 +24,8 @@ from ekiden.training.optimizer import build_optimizer
 from ekiden.training.step import accumulate_gradients, apply_update
 
 
-def main() -> None:
+def read_options() -> argparse.Namespace:
+    """Return the command line's options."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -37,7 +38,12 @@ def main() -> None:
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--set", nargs="*", default=[], help="field=value of TrainConfig")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure, and print one JSON object."""
+    options = read_options()
     more = dict(pair.split("=", 1) for pair in options.set)
     if options.max_length:
         more["max_length"] = options.max_length

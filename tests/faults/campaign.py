@@ -211,47 +211,54 @@ def resumed_from(run: Path) -> dict[int, int]:
     return {r["pid"]: r["step"] for r in records if r.get("event") in ("start", "resume")}
 
 
-def campaign(
-    preset: str, kills: int, shards: Path, folder: Path, steps: int = STEPS, seed: int = 0
-) -> list[dict[str, Any]]:
-    """Kill runs until there were `kills`, each kind of moment in turn; resume each to its end; compare.
+class Attack:
+    """Runs of one family, each killed and resumed until it ends, until there were enough kills.
 
-    Returns:
-        A row for each kind of moment: kills tried, resumed without help from the newest checkpoint there was, in runs
-        that ended bit-identical to the uninterrupted one, and checkpoints lost.
+    Attributes:
+        rows: of the table, by the kind of moment: kills tried, resumed without help from the newest checkpoint there was,
+            in runs that ended bit-identical to the uninterrupted one, and checkpoints lost.
     """
-    generator = random.Random(f"{seed} {preset}")
-    log = folder / "log"
-    began = time.monotonic()
-    assert trial(settings(preset, shards, folder / "reference", steps), log).status == 0, log.read_text()
-    duration = time.monotonic() - began
-    expected = outcome(folder / "reference")
-    rows = {
-        kind: {
-            "fault": f"SIGKILL {kind}, {preset}",
-            "tries": 0,
-            "resumed": 0,
-            "bit_identical": 0,
-            "data_lost": 0,
+
+    def __init__(self, preset: str, kills: int, shards: Path, folder: Path, steps: int, seed: int) -> None:
+        self.preset, self.kills, self.shards, self.folder, self.steps = preset, kills, shards, folder, steps
+        self.generator = random.Random(f"{seed} {preset}")
+        self.log = folder / "log"
+        began = time.monotonic()
+        reference = settings(preset, shards, folder / "reference", steps)
+        assert trial(reference, self.log).status == 0, self.log.read_text()
+        self.duration = time.monotonic() - began
+        self.expected = outcome(folder / "reference")
+        counts = {"tries": 0, "resumed": 0, "bit_identical": 0, "data_lost": 0}
+        kinds = ("at a random moment", *AIMS)
+        self.rows: dict[str, dict[str, Any]] = {
+            kind: {"fault": f"SIGKILL {kind}, {preset}", **counts} for kind in kinds
         }
-        for kind in ("at a random moment", *AIMS)
-    }
-    turns = itertools.cycle(rows)
-    number = 0
-    while sum(row["tries"] for row in rows.values()) < kills:
-        run, mirror, number = folder / f"run-{number}", folder / MIRROR / f"run-{number}", number + 1
+        self.turns = itertools.cycle(kinds)
+
+    @property
+    def done(self) -> bool:
+        """Whether there were enough kills."""
+        return sum(row["tries"] for row in self.rows.values()) >= self.kills
+
+    def next_trial(self, config: TrainConfig, begins_at: int) -> tuple[str, Trial]:
+        """Start a run, or resume it at a step, and, until there were enough kills, kill it; return the kind of moment."""
+        if self.done:
+            return "", trial(config, self.log)
+        if (kind := next(self.turns)) in AIMS:
+            most = max(1, SPREAD[kind] * self.steps // STEPS)
+            return kind, trial(config, self.log, setup=Aim(kind, self.generator.randint(1, most)).take)
+        left = self.duration * (1 - begins_at / self.steps)
+        return kind, trial(config, self.log, kill_after=self.generator.uniform(0, left))
+
+    def run(self, number: int) -> None:
+        """Attack one run until it ends, and count."""
+        run, mirror = self.folder / f"run-{number}", self.folder / MIRROR / f"run-{number}"
+        config = settings(self.preset, self.shards, run, self.steps, mirror=str(mirror))
         suffered: list[str] = []
         went_wrong: list[str] = []
         before = on_mirror = 0
         while True:
-            config = settings(preset, shards, run, steps, mirror=str(mirror))
-            if sum(row["tries"] for row in rows.values()) >= kills:
-                done = trial(config, log)
-            elif (kind := next(turns)) in AIMS:
-                most = max(1, SPREAD[kind] * steps // STEPS)
-                done = trial(config, log, setup=Aim(kind, generator.randint(1, most)).take)
-            else:
-                done = trial(config, log, kill_after=generator.uniform(0, duration))
+            kind, done = self.next_trial(config, before)
             began_at = resumed_from(run).get(done.pid, before)
             if done.status not in (None, 0) or began_at != before:
                 went_wrong += suffered[-1:]
@@ -260,28 +267,45 @@ def campaign(
             then_on_mirror = mirrored(mirror)
             # Killed before it was fetched onto an empty machine, the mirror's is the newest still.
             after = max(acknowledged(run), then_on_mirror)
-            rows[kind]["tries"] += 1
-            rows[kind]["data_lost"] += after < before or then_on_mirror < on_mirror
+            self.rows[kind]["tries"] += 1
+            self.rows[kind]["data_lost"] += after < before or then_on_mirror < on_mirror
             suffered.append(kind)
             before, on_mirror = after, then_on_mirror
-            if MIRROR in kind and generator.random() < 0.5:
+            if MIRROR in kind and self.generator.random() < 0.5:
                 shutil.rmtree(run)
                 before = on_mirror
-        found = outcome(run) if done.status == 0 else None
-        same = (
-            found == expected
-            and expected.steps_twice == 0
-            and list(expected.losses) == list(range(1, steps + 1))
-        )
+        same = done.status == 0 and self.is_expected(outcome(run))
         for kind in suffered:
-            rows[kind]["bit_identical"] += same
-            rows[kind]["resumed"] += 1
+            self.rows[kind]["bit_identical"] += same
+            self.rows[kind]["resumed"] += 1
         for kind in went_wrong:
-            rows[kind]["resumed"] -= 1
+            self.rows[kind]["resumed"] -= 1
         if same and not went_wrong:
             shutil.rmtree(run)
             shutil.rmtree(mirror)
-    return list(rows.values())
+
+    def is_expected(self, found: Outcome) -> bool:
+        """Return whether a run ended as the uninterrupted one, which has every step once."""
+        whole = self.expected.steps_twice == 0 and list(self.expected.losses) == list(
+            range(1, self.steps + 1)
+        )
+        return whole and found == self.expected
+
+
+def campaign(
+    preset: str, kills: int, shards: Path, folder: Path, steps: int = STEPS, seed: int = 0
+) -> list[dict[str, Any]]:
+    """Kill runs until there were `kills`, each kind of moment in turn; resume each to its end; compare.
+
+    Returns:
+        A row for each kind of moment, see `Attack.rows`.
+    """
+    attack = Attack(preset, kills, shards, folder, steps, seed)
+    for number in itertools.count():
+        if attack.done:
+            break
+        attack.run(number)
+    return list(attack.rows.values())
 
 
 def whole(row: dict[str, Any]) -> bool:

@@ -382,6 +382,24 @@ def exact(preset: str, shards: Path, folder: Path, steps: int) -> list[dict[str,
 # -- kills ------------------------------------------------------------------------------------------------------------
 
 
+def count_kill(done: Ended, parallel: str, tally: dict[str, Any]) -> None:
+    """Count one kill, and how the other ranks ended."""
+    assert done.killed is not None
+    if done.frozen_seconds:
+        # The whole machine stood still during this one: it is resumed, but counts for nothing.
+        tally["frozen"] += 1
+        return
+    tally["kills"] += 1
+    tally["by_parallel"][parallel] += 1
+    tally["hung"] += None in done.statuses
+    told = f"rank {done.killed} (process" in done.log or "could not meet" in done.log
+    survived = [status for rank, status in enumerate(done.statuses) if rank != done.killed]
+    if any(survived) and not told:
+        tally["without_a_sentence"] += 1
+        print(done.statuses, done.log[-2000:], file=sys.stderr)
+    tally["slowest_end_seconds"] = max(tally["slowest_end_seconds"], round(done.seconds_after_kill, 1))
+
+
 def kills(
     shards: Path,
     folder: Path,
@@ -429,21 +447,7 @@ def kills(
                 tally["not_resumed"] += 1
                 print(done.statuses, done.log[-2000:], file=sys.stderr)
                 break
-            if done.frozen_seconds:
-                # The whole machine stood still during this one: it is resumed, but counts for nothing.
-                tally["frozen"] += 1
-                continue
-            tally["kills"] += 1
-            tally["by_parallel"][parallel] += 1
-            tally["hung"] += None in done.statuses
-            told = f"rank {done.killed} (process" in done.log or "could not meet" in done.log
-            survived = [status for rank, status in enumerate(done.statuses) if rank != done.killed]
-            if any(survived) and not told:
-                tally["without_a_sentence"] += 1
-                print(done.statuses, done.log[-2000:], file=sys.stderr)
-            tally["slowest_end_seconds"] = max(
-                tally["slowest_end_seconds"], round(done.seconds_after_kill, 1)
-            )
+            count_kill(done, parallel, tally)
         else:
             tally["not_resumed"] += 1
         if done.completed:

@@ -177,6 +177,18 @@ def test_a_build_takes_it_and_a_refusal_or_a_difference_changes_no_id(
     assert not list((tmp_path / "differing").rglob("unit-*"))
 
 
+def train_on(texts: dict[str, list[str]], prefix: Path, **options: Any) -> None:
+    """Train PREFIX.model on the lines of all texts."""
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=(
+            line for some in texts.values() for text in some for line in text.split("\n") if line
+        ),
+        model_prefix=str(prefix),
+        minloglevel=2,
+        **options,
+    )
+
+
 @pytest.mark.parametrize("model_type", ["unigram", "bpe"])
 @pytest.mark.parametrize("options", ["ours", "defaults"])
 def test_shards_hold_sentencepieces_ids_document_by_document(
@@ -191,15 +203,12 @@ def test_shards_hold_sentencepieces_ids_document_by_document(
         (folder / language).mkdir(parents=True)
         (folder / language / "a.jsonl").write_bytes(b"".join(lines))
         texts[language] = [json.loads(line)["text"] for line in lines]
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(
-            line for some in texts.values() for text in some for line in text.split("\n") if line
-        ),
-        model_prefix=str(tmp_path / "m"),
+    train_on(
+        texts,
+        tmp_path / "m",
         model_type=model_type,
         vocab_size=900,
         num_threads=1,
-        minloglevel=2,
         max_sentence_length=1 << 20,
         **MODELS[options],
     )
@@ -235,16 +244,13 @@ def test_shards_of_the_corpora_with_a_model_of_16_000_pieces(
         (tmp_path / "corpus" / language).mkdir(parents=True)
         with (tmp_path / "corpus" / language / "a.jsonl").open("w") as file:
             file.writelines(json.dumps({"text": text}) + "\n" for text in documents)
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=(
-            line for some in texts.values() for text in some for line in text.split("\n") if line
-        ),
-        model_prefix=str(tmp_path / "m"),
+    train_on(
+        texts,
+        tmp_path / "m",
         model_type=model_type,
         vocab_size=16_000,
         input_sentence_size=100_000,
         num_threads=2,
-        minloglevel=2,
         **SETTINGS[options],
     )
     dataset = build.preprocess(
