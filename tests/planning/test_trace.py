@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from ekiden.config import TrainConfig, build_config
-from ekiden.modeling.build import blocks
 from ekiden.modeling.device import named_precision
 from ekiden.planning import sharded
 from ekiden.planning.ledger import BLOCK, OUTSIDE, Span, Tally, for_all_blocks
@@ -188,22 +187,27 @@ def test_the_worst_moment_is_a_moment_and_not_a_sum_of_worst_parts() -> None:
     assert tally.worst_parts["update"] == 6 and tally.worst_parts["forward"] == 0
 
 
+SHARDED = [
+    ("gpt2-10m", "fp32", {"num_hidden_layers": 1, "max_length": 8}),
+    ("gpt2-10m", "bf16", {"num_hidden_layers": 7}),
+]
+SLOW_SHARDED = [
+    ("gpt2-10m", "bf16", {"num_hidden_layers": 6, "activation_checkpointing": True, "optimizer": "muon"}),
+    ("gemma3-tiny", "bf16", {"num_hidden_layers": 13, "sliding_window": 16, "optimizer": "muon"}),
+    ("gemma3-tiny", "fp16", {"num_hidden_layers": 14, "activation_checkpointing": True}),
+    ("gemma3-tiny", "fp32", {"num_hidden_layers": 12, "max_length": 8}),
+]
+
+
 @pytest.mark.parametrize(
-    ("preset", "changes"),
-    [
-        ("gpt2-10m", {"num_hidden_layers": 8}),
-        pytest.param("gemma3-tiny", {"num_hidden_layers": 13, "optimizer": "muon"}, marks=pytest.mark.slow),
-    ],
+    ("preset", "precision", "changes"),
+    [*SHARDED, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_SHARDED)],
 )
-def test_of_shards_too_a_few_blocks_say_what_all_take(
-    preset: str, changes: dict, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = small(preset, **changes)
-    quick = sharded.sharded_peak(config, 500, named_precision("bf16"), 2, 4)
-    sharded._microbatches.cache_clear()
-    monkeypatch.setattr(sharded, "keep_few_blocks", lambda model, **_: list(range(len(blocks(model)))))
-    assert quick == sharded.sharded_peak(config, 500, named_precision("bf16"), 2, 4)
-    sharded._microbatches.cache_clear()
+def test_of_shards_too_a_few_blocks_say_what_all_take(preset: str, precision: str, changes: dict) -> None:
+    config, arithmetic = small(preset, **changes), named_precision(precision)
+    for ranks in (3, 4) if "optimizer" in changes else (4,):
+        quick = sharded.sharded_peak(config, 500, arithmetic, 2, ranks)
+        assert quick == sharded.fully_sharded_peak(config, 500, arithmetic, 2, ranks)
     assert not torch.distributed.is_initialized()
 
 

@@ -84,9 +84,8 @@ class Ledger:
         events.append((number, part, size))
         return number
 
-    def resize(self, tensor: torch.Tensor) -> None:
+    def resize(self, storage: torch.UntypedStorage) -> None:
         """Count anew a storage that was made larger or smaller where it lies, as FSDP does."""
-        storage = tensor.untyped_storage()
         if storage._cdata not in self.living:
             return
         number, before, part = self.living[storage._cdata]

@@ -99,11 +99,16 @@ def traced_peak(config: TrainConfig, vocab_size: int, precision: Precision, micr
     update = _update(settings_text(config, OF_THE_MICROBATCH), vocab_size)
     spans = _microbatch(settings_text(config, OF_THE_UPDATE), vocab_size, precision.name, microbatch)
     tally = Tally(**update.standing)
-    # The last microbatch of a step stands beside the loss of the one before, until it has its own, and beside their sum.
-    turn = max(number for number, span in enumerate(spans) if span.phase == "forward") + 1
-    tally.play([_scalars(forward=3, backward=1), *spans[:turn], _scalars(forward=-2), *spans[turn:]])
-    tally.play([_scalars(forward=-1, backward=-1), *update.spans])
+    tally.play(beside_the_one_before(spans))
+    tally.play(update.spans)
     return peak_of(tally, update.blocks, update.embedding)
+
+
+def beside_the_one_before(spans: list[Span]) -> list[Span]:
+    """Return what a step's last microbatch does beside the loss of the one before, until it has its own, and their sum."""
+    turn = max(number for number, span in enumerate(spans) if span.phase == "forward") + 1
+    before, between, after = {"forward": 3, "backward": 1}, {"forward": -2}, {"forward": -1, "backward": -1}
+    return [_scalars(**before), *spans[:turn], _scalars(**between), *spans[turn:], _scalars(**after)]
 
 
 def meta_counts(config: TrainConfig, vocab_size: int) -> tuple[int, int]:
@@ -272,7 +277,9 @@ def stand_before(model: PreTrainedModel, ledger: Ledger) -> None:
 
 def meta_model(config: TrainConfig, vocab_size: int) -> PreTrainedModel:
     with torch.device("meta"):
-        return build_model(config, vocab_size, pad_id=0, bos_id=1, eos_id=2, seed=0)
+        model = build_model(config, vocab_size, pad_id=0, bos_id=1, eos_id=2, seed=0)
+    model.tie_weights()  # transformers 5.0 leaves them untied on the meta device
+    return model
 
 
 def make_ready(model: PreTrainedModel, config: TrainConfig, precision: Precision) -> None:
