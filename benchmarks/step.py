@@ -17,7 +17,10 @@ given beside it: they depend less on who else is there.
 * floor: the matrix products of every linear layer and of the head (1,024 rows at a time), forward and twice backward, into
   memory that is there already, and the attention forward and backward, on the same shapes, and nothing else: no
   optimizer, no norms. PyTorch's attention: layers with a window shorter than a sample in chunks, all others causally.
-  floor_own: the same with Ekiden's own attention kernel (fp32 on a CPU with AVX-512).
+  floor_own: the same with Ekiden's own attention kernel (on a CPU with AVX-512).
+  In half precision on a CPU each is done in the faster of two ways, tried at the start: natively, or in fp32 with inputs
+  taken up from the type and results rounded to it (not the logits, which nobody has to keep); it prints which.
+  floor_fp32: everything in fp32, no rounding at all.
 
 The last line printed is one JSON object; `tokens_per_s` is tokens / fastest wall seconds. `peak_rss_bytes` is the most memory
 that the contender's process has had (Linux), libraries and compiler included. Long samples, of as many tokens a step:
@@ -52,12 +55,14 @@ import transformers
 
 from ekiden.config import TrainConfig, build_config
 from ekiden.modeling import kernels
-from ekiden.modeling.attention import OWN, attend_in_chunks
+from ekiden.modeling.attention import OWN, attend_in_chunks, run_kernel
 from ekiden.modeling.attention_choice import CANDIDATES, choose_attention
 from ekiden.modeling.build import build_model, parameter_counts
 from ekiden.modeling.device import (
+    HALVES,
     Precision,
     configure_determinism,
+    named_precision,
     peak_flops,
     select_device,
     select_precision,
@@ -239,12 +244,74 @@ def nanogpt_step(setting: Setting) -> Step:
     return usual_step(setting, model, lambda: compiled(inputs, targets)[1])
 
 
-def floor_step(setting: Setting, own: bool) -> Step:
+class Products:
+    """A layer's product [n, i] x [i, o], forward and twice backward, in memory that is there already.
+
+    Args:
+        times: that it is done. rounded: in half precision the result is kept, so that it has to be rounded.
+    """
+
+    def __init__(self, x: torch.Tensor, w: torch.Tensor, y: torch.Tensor, times: int, rounded: bool) -> None:
+        self.native = x, w, y, torch.empty_like(x), torch.empty_like(w)
+        self.single = [tensor.float() for tensor in self.native]
+        self.times, self.rounded = times, rounded
+        self.way: Callable[[], None] = self.multiply
+        if x.device.type == "cpu" and x.dtype in HALVES:
+            self.way = faster(self.multiply, self.in_fp32, lambda way: way())
+        self.natively = self.way == self.multiply
+        if self.natively:
+            self.single = []
+
+    def run(self) -> None:
+        """Do the products."""
+        for _ in range(self.times):
+            self.way()
+
+    def multiply(self) -> None:
+        x, w, y, x_gradient, w_gradient = self.native
+        torch.mm(x, w, out=y)
+        torch.mm(y, w.T, out=x_gradient)
+        torch.mm(x.T, y, out=w_gradient)
+
+    def in_fp32(self) -> None:
+        x, w, y, x_gradient, w_gradient = self.single
+
+        def take(*places: int) -> None:
+            for place in places:
+                self.single[place].copy_(self.native[place])
+
+        def keep(place: int) -> None:
+            self.native[place].copy_(self.single[place])
+
+        take(0, 1)
+        torch.mm(x, w, out=y)
+        if self.rounded:
+            keep(2)
+            take(0, 1, 2)  # in the backward pass, with the gradient of y in the place of y
+        torch.mm(y, w.T, out=x_gradient)
+        keep(3)
+        torch.mm(x.T, y, out=w_gradient)
+        keep(4)
+
+
+def faster(one: Any, other: Any, call: Callable[[Any], object]) -> Any:
+    """Return which of two ways `call` is done with in less processor time, the better of three each after one that warms up."""
+    taken: dict[Any, list[float]] = {one: [], other: []}
+    for way in (one, other) * 4:
+        began = time.process_time()
+        call(way)
+        taken[way].append(time.process_time() - began)
+    return min(taken, key=lambda way: min(taken[way][1:]))
+
+
+def floor_step(setting: Setting, own: bool, single: bool = False) -> Step:
     """Return the products and the attention alone, with the same memory settings as Ekiden's.
 
     Args:
-        own: attend with Ekiden's kernel, not PyTorch's.
+        own: attend with Ekiden's kernel, not PyTorch's. single: in fp32 whatever the precision.
     """
+    if single:
+        setting.precision = named_precision("fp32")
     if setting.device.type == "cpu":
         keep_freed_memory()
     config, dtype, device = setting.config, setting.precision.dtype, setting.device
@@ -263,7 +330,7 @@ def floor_step(setting: Setting, own: bool) -> Step:
     layers.append((min(1024, rows), width, setting.vocab, -(-rows // 1024)))
     random = functools.partial(torch.randn, device=device, dtype=dtype)
     products = [
-        (random(n, i), random(i, o), random(n, o), random(n, i), random(i, o), times)
+        Products(random(n, i), random(i, o), random(n, o), times, rounded=o != setting.vocab)
         for n, i, o, times in layers
     ]
     query = (config.batch_size, heads, config.max_length, head_dim)
@@ -278,12 +345,19 @@ def floor_step(setting: Setting, own: bool) -> Step:
         attention = dataclasses.replace(attention, causal=CANDIDATES[0])
     rest = attention.masks(setting.tensors()[0], dtype)["rest"]
 
+    def native() -> torch.Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=groups != heads)
+
+    whole = native
+    if device.type == "cpu" and dtype in HALVES:
+        run = functools.partial(run_kernel, CANDIDATES[0], q, k, v, None)
+        whole = faster(native, run, lambda way: torch.autograd.grad(way(), (q, k, v), upstream))
+        raised = [not product.natively for product in products] + [whole != native]
+        print(f"floor: {sum(raised)} of {len(raised)} kinds of products and attention in fp32", flush=True)
+
     def step() -> float:
-        for x, w, y, x_gradient, w_gradient, times in products:
-            for _ in range(times):
-                torch.mm(x, w, out=y)
-                torch.mm(y, w.T, out=x_gradient)
-                torch.mm(x.T, y, out=w_gradient)
+        for product in products:
+            product.run()
         for layer in range(config.num_hidden_layers):
             if own:
                 window = config.sliding_window if not gpt2 and (layer + 1) % 6 else None
@@ -294,8 +368,7 @@ def floor_step(setting: Setting, own: bool) -> Step:
                 made = attend_in_chunks(attention, q, k, v, config.sliding_window, None, rest, None)
                 torch.autograd.grad(made, (q, k, v), upstream.transpose(1, 2))
                 continue
-            made = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=groups != heads)
-            torch.autograd.grad(made, (q, k, v), upstream)
+            torch.autograd.grad(whole(), (q, k, v), upstream)
         return math.nan
 
     return step
@@ -304,8 +377,12 @@ def floor_step(setting: Setting, own: bool) -> Step:
 def names_of(options: argparse.Namespace) -> list[str]:
     """Return who takes part."""
     names = ["floor", "ekiden", "hf", "hf_loop"]
-    if options.precision == "fp32" and kernels.library() and not torch.cuda.is_available():
+    dtype = named_precision(options.precision).dtype
+    cpu = not torch.cuda.is_available()
+    if cpu and kernels.attends(torch.device("cpu"), dtype, kernels.LANES):
         names.insert(1, "floor_own")
+    if cpu and options.precision != "fp32":
+        names.insert(1, "floor_fp32")
     if not options.no_compile:
         names += ["ekiden_eager", "hf_compiled"]
         names += ["nanogpt"] if options.model.startswith("gpt2") and options.nanogpt else []
@@ -340,6 +417,7 @@ def work(setting: Setting, options: argparse.Namespace) -> None:
     makers: dict[str, Callable[[], Step]] = {
         "floor": lambda: floor_step(setting, own=False),
         "floor_own": lambda: floor_step(setting, own=True),
+        "floor_fp32": lambda: floor_step(setting, own=False, single=True),
         "ekiden": lambda: ekiden_step(setting, compiled=not options.no_compile),
         "ekiden_eager": lambda: ekiden_step(setting, compiled=False),
         "hf_loop": lambda: huggingface_loop(setting),
@@ -479,7 +557,8 @@ def show(
         "rounds": options.rounds,
         "tokens_per_step": setting.tokens,
     }
-    for name in ("ekiden", "ekiden_eager", "nanogpt", "hf", "hf_compiled", "hf_loop", "floor", "floor_own"):
+    floors = ("floor", "floor_own", "floor_fp32")
+    for name in ("ekiden", "ekiden_eager", "nanogpt", "hf", "hf_compiled", "hf_loop", *floors):
         found = figures.get(name)
         result[f"{name}_tokens_per_s"] = round(setting.tokens / found["seconds"]) if found else None
     for key in ("seconds", "median_seconds", "cpu_seconds") if own else ():

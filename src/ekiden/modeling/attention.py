@@ -29,6 +29,8 @@ from transformers.masking_utils import sdpa_mask
 
 from ekiden.errors import UserError
 from ekiden.modeling import kernels
+from ekiden.modeling.device import in_fp32
+from ekiden.modeling.half import autocast_dtype, flash_attention
 
 NAME = "ekiden"
 """Of this attention among transformers' implementations."""
@@ -173,10 +175,8 @@ def forward_arguments(model: nn.Module, input_ids: torch.Tensor) -> dict[str, An
     attention: Attention | None = getattr(model, "attention", None)
     if attention is None:
         return {}
-    kind = input_ids.device.type
     # Not another: a CPU's kernel reads a mask of another width as if it were its own.
-    weights = model.get_input_embeddings().weight.dtype  # type: ignore[operator]
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weights
+    dtype = autocast_dtype(model.get_input_embeddings().weight)  # type: ignore[operator]
     masks = attention.masks(input_ids, dtype)
     if model.config.model_type == "gpt2":  # type: ignore[union-attr]
         return {"attention_mask": input_ids[:, None, None, :0], "ekiden_masks": masks}
@@ -203,7 +203,7 @@ def _forward(
     if sliding_window is None or window is None or query.shape[2] <= window:
         return _attend(attention, query, key, value, ekiden_masks["full"], scaling).transpose(1, 2), None
     if attention.takes_windows:
-        return kernels.attention(query, key, value, scaling, window).transpose(1, 2), None
+        return own_attention(query, key, value, scaling, window).transpose(1, 2), None
     first = ekiden_masks["first"]
     rest = ekiden_masks["rest"]
     assert rest is not None
@@ -240,17 +240,38 @@ def run_kernel(
     if kernel.backend is None:
         if mask is not None:
             raise RuntimeError("the attention kernel takes no mask")
-        return kernels.attention(query, key, value, scaling)
+        return own_attention(query, key, value, scaling)
     groups = query.shape[1] // key.shape[1]
-    if groups > 1 and not kernel.grouped:
+    # A CPU has flash, which it takes by itself; choosing it anew for every layer costs 10 microseconds each.
+    here = query.device.type == "cpu" and kernel.backend is SDPBackend.FLASH_ATTENTION
+    rounding = here and in_fp32(query.device, autocast_dtype(query))
+    if groups > 1 and (rounding or not kernel.grouped):
         key, value = repeat_kv(key, groups), repeat_kv(value, groups)
         groups = 1
-    # A CPU has flash, which it takes by itself; choosing it anew for every layer costs 10 microseconds each.
-    own = query.device.type == "cpu" and kernel.backend is SDPBackend.FLASH_ATTENTION
-    with nullcontext() if own else sdpa_kernel(kernel.backend):
+    if rounding:
+        query, key, value = taken_to_type(query, key, value)
+        return flash_attention(query, key, value, mask, scaling)
+    with nullcontext() if here else sdpa_kernel(kernel.backend):
         return scaled_dot_product_attention(
             query, key, value, mask, is_causal=mask is None, scale=scaling, enable_gqa=groups > 1
         )
+
+
+def taken_to_type(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Return query, key and value in the type that autocast takes them to, which it does not for operators of our own."""
+    return [tensor.to(autocast_dtype(tensors[0])) for tensor in tensors]
+
+
+def own_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float | None,
+    window: int | None = None,
+) -> torch.Tensor:
+    """Return `kernels.attention`, under autocast as of PyTorch's."""
+    query, key, value = taken_to_type(query, key, value)
+    return kernels.attention(query, key, value, scaling, window)
 
 
 def attend_in_chunks(

@@ -6,7 +6,9 @@ bf16 is emulated and slow.
 
 from __future__ import annotations
 
+import functools
 import os
+import platform
 import re
 from dataclasses import dataclass
 
@@ -92,7 +94,7 @@ def select_precision(device: torch.device, requested: str) -> Precision:
     """Return the precision for `requested`: auto, fp32, bf16 or fp16.
 
     Raises:
-        UserError: fp16 on a CPU or bf16 before compute capability 8.0, where it would be emulated.
+        UserError: bf16 before compute capability 8.0, where it would be emulated.
         UsageError: no such precision.
     """
     if requested not in ("auto", *_PRECISIONS):
@@ -101,9 +103,6 @@ def select_precision(device: torch.device, requested: str) -> Precision:
             f"--precision {requested} is not one of {', '.join(names)}{nearest(requested, names)}"
         )
     if device.type == "cpu":
-        if requested == "fp16":
-            # 8 GFLOP/s against 54 in fp32, measured.
-            raise UserError("--precision fp16 needs a GPU; give fp32 or bf16 on a CPU")
         return _PRECISIONS["fp32" if requested == "auto" else requested]
     capability = torch.cuda.get_device_capability(device)
     if requested == "bf16" and capability < (8, 0):
@@ -112,6 +111,29 @@ def select_precision(device: torch.device, requested: str) -> Precision:
             f"{capability[0]}.{capability[1]}; give fp16"
         )
     return _PRECISIONS[("bf16" if capability >= (8, 0) else "fp16") if requested == "auto" else requested]
+
+
+HALVES = (torch.bfloat16, torch.float16)
+
+
+@functools.cache
+def has_instructions(dtype: torch.dtype) -> bool:
+    """Return whether this machine's processor has instructions for matrix products of a half-precision type."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if dtype == torch.bfloat16 and platform.machine().lower() in ("x86_64", "amd64"):
+        # oneDNN says of any AVX-512 that it supports bf16, and emulates it.
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    name = "bf16" if dtype == torch.bfloat16 else "fp16"
+    return bool(getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")())
+
+
+def in_fp32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether products of `dtype` on `device` are done as fp32 products of rounded numbers (`modeling.half`).
+
+    By what the processor has and never by a timing, which another start might read otherwise.
+    """
+    return device.type == "cpu" and dtype in HALVES and not has_instructions(dtype)
 
 
 def configure_determinism(num_threads: int | None) -> int:

@@ -1,5 +1,7 @@
 """Attention and the softmax of the loss in C (`native/`), for fp32 on processors with AVX-512, where there is a C compiler.
 
+Half precision, where the processor has no instructions for it, is taken to fp32 and the result rounded.
+
 Compiled once for a machine (two seconds), with the instructions that all processors of this kind have, so that every one of
 them computes the same numbers; the number of threads changes none. On AVX2 PyTorch's own kernels were the faster ones
 (docs/performance.md). `modeling.attention_choice` tries this one before PyTorch's, `modeling.loss` asks `softmax_kernel`. With
@@ -19,6 +21,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
+from ekiden.modeling.device import in_fp32
 from ekiden.native_code import allowed, compiled, find_compiler
 
 SOURCES = sorted(Path(__file__).with_name("native").glob("*.[ch]"))
@@ -77,7 +80,8 @@ def library() -> ctypes.CDLL | None:
 def attends(device: torch.device, dtype: torch.dtype, units: int) -> bool:
     """Return whether `attention` computes heads of `units` here."""
     fits = units % LANES == 0 and units <= MOST_UNITS
-    return device.type == "cpu" and dtype == torch.float32 and fits and library() is not None
+    typed = dtype == torch.float32 or in_fp32(device, dtype)
+    return device.type == "cpu" and typed and fits and library() is not None
 
 
 def attention(
@@ -121,6 +125,25 @@ def _rows(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
+def _floats(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Return them in fp32, with the numbers of a row side by side."""
+    return [_rows(tensor.float()) for tensor in tensors]
+
+
+def outputs_like(query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return memory for an output [b, h, T, d], laid out [b, T, h, d], in the type of `query`, and for fp32 sums [b, h, T]."""
+    batch, heads, length, units = query.shape
+    made = query.new_empty((batch, length, heads, units)).transpose(1, 2)
+    return made, query.new_empty((batch, heads, length), dtype=torch.float32)
+
+
+def gradients_like(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return memory for the gradients of these [b, h, T, d], laid out [b, T, h, d]."""
+    return outputs_like(query)[0], outputs_like(key)[0], outputs_like(value)[0]
+
+
 def _pointers(*tensors: torch.Tensor) -> list[int]:
     return [tensor.data_ptr() for tensor in tensors]
 
@@ -136,21 +159,17 @@ def _attention(
         raise RuntimeError(
             "the attention kernel takes fp32 on a CPU with AVX-512, heads of 16, 32 ... 128 units"
         )
-    query, key, value = _rows(query), _rows(key), _rows(value)
-    out, sums = _outputs(query, key, value, scale, window)
+    dtype = query.dtype
+    query, key, value = _floats(query, key, value)
+    out, sums = outputs_like(query)
     shape = _shape_of(query, key, value, out, out, scale, window)
     found.attention_forward(ctypes.byref(shape), *_pointers(query, key, value, out, sums))
-    return out, sums
+    return out.to(dtype), sums
 
 
 @_attention.register_fake
-def _outputs(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, window: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    batch, heads, length, units = query.shape
-    return query.new_empty((batch, length, heads, units)).transpose(1, 2), query.new_empty(
-        (batch, heads, length)
-    )
+def _outputs(query: torch.Tensor, *_others: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return outputs_like(query)
 
 
 @torch.library.custom_op("ekiden::attention_backward", mutates_args=(), device_types="cpu")
@@ -167,7 +186,8 @@ def _attention_backward(
     """Return the gradients of query, key and value, laid out [b, T, heads, d]."""
     found = library()
     assert found is not None
-    query, key, value, out, upstream = (_rows(t) for t in (query, key, value, out, upstream))
+    dtype = query.dtype
+    query, key, value, out, upstream = _floats(query, key, value, out, upstream)
     batch, heads, length, units = query.shape
     made = [query.new_empty((batch, length, heads, units)) for _ in range(3)]
     shape = _shape_of(query, key, value, out, upstream, scale, window)
@@ -177,18 +197,15 @@ def _attention_backward(
     groups = key.shape[1]
     if groups != heads:  # the kernel's are those of every query head by itself
         made[1:] = [gradient.unflatten(2, (groups, heads // groups)).sum(3) for gradient in made[1:]]
-    return made[0].transpose(1, 2), made[1].transpose(1, 2), made[2].transpose(1, 2)
+    of_query, of_key, of_value = (gradient.to(dtype).transpose(1, 2) for gradient in made)
+    return of_query, of_key, of_value
 
 
 @_attention_backward.register_fake
 def _gradients(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_others: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    def like(tensor: torch.Tensor) -> torch.Tensor:
-        batch, heads, length, units = tensor.shape
-        return tensor.new_empty((batch, length, heads, units)).transpose(1, 2)
-
-    return like(query), like(key), like(value)
+    return gradients_like(query, key, value)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -221,15 +238,16 @@ def _unpacked(mixed: torch.Tensor, heads: int) -> list[torch.Tensor]:
 @torch.library.custom_op("ekiden::packed_attention", mutates_args=(), device_types="cpu")
 def _packed(mixed: torch.Tensor, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the output [b, T, h d] and the logarithms of the softmax's sums [b, h, T]."""
-    query, key, value = _unpacked(mixed, heads)
+    query, key, value = _unpacked(mixed.float(), heads)
     made, sums = _attention(query, key, value, 1 / math.sqrt(query.shape[3]), query.shape[2])
-    return made.transpose(1, 2).flatten(2), sums
+    return made.transpose(1, 2).flatten(2).to(mixed.dtype), sums
 
 
 @_packed.register_fake
 def _packed_outputs(mixed: torch.Tensor, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
     batch, length, width = mixed.shape
-    return mixed.new_empty((batch, length, width // 3)), mixed.new_empty((batch, heads, length))
+    sums = mixed.new_empty((batch, heads, length), dtype=torch.float32)
+    return mixed.new_empty((batch, length, width // 3)), sums
 
 
 @torch.library.custom_op("ekiden::packed_attention_backward", mutates_args=(), device_types="cpu")
@@ -239,16 +257,16 @@ def _packed_backward(
     """Return the gradient [b, T, 3 h d] of `mixed`."""
     found = library()
     assert found is not None
-    query, key, value = _unpacked(mixed, heads)
+    query, key, value = _unpacked(mixed.float(), heads)
     length, units = query.shape[2:]
-    out, upstream = (_rows(t).unflatten(2, (heads, -1)).transpose(1, 2) for t in (out, upstream))
+    out, upstream = (t.unflatten(2, (heads, -1)).transpose(1, 2) for t in _floats(out, upstream))
     made = torch.empty(mixed.shape)
     shape = _shape_of(query, key, value, out, upstream, 1 / math.sqrt(units), length, 3 * heads * units)
     parts = [made[..., part * heads * units :] for part in range(3)]
     found.attention_backward(
         ctypes.byref(shape), *_pointers(query, key, value, out, upstream, sums.contiguous(), *parts)
     )
-    return made
+    return made.to(mixed.dtype)
 
 
 @_packed_backward.register_fake

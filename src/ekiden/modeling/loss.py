@@ -4,7 +4,8 @@ The logits of 4,096 tokens over 262,144 pieces are 4.3 GB in fp32, more than mos
 some rows at a time. Where the range of numbers allows (fp32, bf16) the gradient is made beside the loss, in the
 forward pass, and multiplied by the upstream gradient in the backward one: three products with the head, as many as
 plain cross-entropy has. fp16 has not the range: probabilities below 6e-8 vanish unless they are scaled first, and a
-GradScaler's factor is known only in the backward pass, so there the logits are computed a second time.
+GradScaler's factor is known only in the backward pass, so there the logits are computed a second time. On a CPU without
+instructions for a half-precision type the inputs are rounded to it and all else is fp32 (`modeling.half`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
+from ekiden.modeling.device import in_fp32
+from ekiden.modeling.half import autocast_dtype
 from ekiden.modeling.kernels import softmax_kernel
 
 IGNORE = -100
@@ -54,8 +57,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             hidden: [N, D]; weight: [V, D]; targets: int64 [N], IGNORE counts nothing.
             rows: of a chunk. dtype: of the products. with_gradient: whether a backward pass will follow.
         """
-        ctx.rows, ctx.early = rows, with_gradient and dtype != torch.float16
         chunks = _Chunks(hidden, weight, targets, rows, dtype)
+        ctx.rows, ctx.early = rows, with_gradient and chunks.hidden.dtype != torch.float16
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         gradients = _Gradients(hidden, weight) if ctx.early else None
         for part, logits in chunks.logits():
@@ -96,12 +99,10 @@ class _Chunks:
     def __init__(
         self, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, rows: int, dtype: torch.dtype
     ) -> None:
-        self.ignored = (targets == IGNORE).unsqueeze(1)
-        self.hidden, self.weight, self.rows = (
-            hidden.to(dtype).masked_fill(self.ignored, 0),
-            weight.to(dtype),
-            rows,
-        )
+        self.ignored, self.rows = (targets == IGNORE).unsqueeze(1), rows
+        self.hidden, self.weight = hidden.to(dtype).masked_fill(self.ignored, 0), weight.to(dtype)
+        if in_fp32(hidden.device, dtype) and not isinstance(hidden, FakeTensor):  # which a plan has
+            self.hidden, self.weight = self.hidden.float(), self.weight.float()
 
     def logits(self) -> Iterator[tuple[slice, torch.Tensor]]:
         """Yield slices of rows and their logits [n, V], all in the same memory, which is the caller's to change."""
@@ -199,9 +200,8 @@ def chunked_cross_entropy(
         targets: [N] int64; positions of -100 count nothing.
         chunk_rows: positions whose logits [chunk_rows, V] exist at one time, at most; fewer for a large vocabulary.
     """
-    kind = hidden.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    dtype = autocast_dtype(hidden)
     rows = chunk_rows_for(weight.shape[0], chunk_rows)
     with_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    with torch.autocast(kind, enabled=False):
+    with torch.autocast(hidden.device.type, enabled=False):
         return _ChunkedCrossEntropy.apply(hidden, weight, targets, rows, dtype, with_gradient)

@@ -175,8 +175,9 @@ class Norm(torch.autograd.Function):
 # -- what models have in their places ---------------------------------------------------------------------------
 
 
-def _fits(x: torch.Tensor) -> bool:
-    return x.dtype == torch.float32 and x.shape[-1] % kernels.LANES == 0
+def _fits(x: torch.Tensor, gain: torch.Tensor | None = None) -> bool:
+    typed = x.dtype == torch.float32 and (gain is None or gain.dtype == torch.float32)
+    return typed and x.shape[-1] % kernels.LANES == 0
 
 
 def _linear(layer: Any, x: torch.Tensor) -> torch.Tensor:
@@ -197,25 +198,20 @@ def _mlp(mlp: Any, x: torch.Tensor) -> torch.Tensor:
 def _attend(layer: Any, x: torch.Tensor, *others: Any, **named: Any) -> tuple[torch.Tensor, None]:
     """Return GPT-2's attention layer of [b, T, d], as a block calls it."""
     masks = named.get("ekiden_masks")
-    if (
-        masks is None
-        or masks["full"] is not None
-        or layer.attention.causal != OWN
-        or x.dtype != torch.float32
-    ):
+    if masks is None or masks["full"] is not None or layer.attention.causal != OWN:
         return type(layer).forward(layer, x, *others, **named)
     made = kernels.packed_attention(layer.c_attn(x), layer.num_heads)
     return layer.resid_dropout(layer.c_proj(made)), None
 
 
 def _layer_norm(norm: Any, x: torch.Tensor) -> torch.Tensor:
-    if not torch.compiler.is_compiling() or not _fits(x):
+    if not torch.compiler.is_compiling() or not _fits(x, norm.weight):
         return nn.LayerNorm.forward(norm, x)
     return Norm.apply(x, norm.weight, norm.bias, norm.eps)
 
 
 def _rms_norm(norm: Any, x: torch.Tensor) -> torch.Tensor:
-    if not torch.compiler.is_compiling() or not _fits(x):
+    if not torch.compiler.is_compiling() or not _fits(x, norm.weight):
         return type(norm).forward(norm, x)
     return Norm.apply(x, 1.0 + norm.weight, None, norm.eps)
 
@@ -224,10 +220,14 @@ def _put(module: nn.Module, forward: Any) -> None:
     module.forward = types.MethodType(forward, module)  # type: ignore[method-assign]
 
 
-def install_own_parts(model: PreTrainedModel) -> None:
-    """Give the blocks of an fp32 `model` on the CPU these in the places of transformers' own, where it has such.
+def install_own_parts(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Give the blocks of a `model` on the CPU these in the places of transformers' own, where it has such.
 
     Gemma 3's norms of queries and keys, whose rows are not side by side, stay as they are.
+
+    Args:
+        dtype: of the products; in half precision, where `modeling.half` has the layers, only norms of fp32 numbers and
+            attention are taken.
     """
     decoder: Any = body(model)
     if model.config.model_type == "gemma3_text":
@@ -243,12 +243,13 @@ def install_own_parts(model: PreTrainedModel) -> None:
         return
     for block in blocks(model):
         part: Any = block
-        _put(part.mlp, _mlp)
         if not model.config.scale_attn_by_inverse_layer_idx and model.config.scale_attn_weights:
             _put(part.attn, _attend)
         for norm in (part.ln_1, part.ln_2):
             _put(norm, _layer_norm)
-        for layer in block.modules():
-            if isinstance(layer, Conv1D):
-                _put(layer, _linear)
+        if dtype == torch.float32:
+            _put(part.mlp, _mlp)
+            for layer in block.modules():
+                if isinstance(layer, Conv1D):
+                    _put(layer, _linear)
     _put(decoder.ln_f, _layer_norm)

@@ -10,16 +10,18 @@ import warnings
 from collections.abc import Iterator
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedModel
 
 from ekiden.config import TrainConfig
 from ekiden.config_checks import AUTO
 from ekiden.modeling.attention import DOCUMENT_MASK, Attention, document_boundary, install
 from ekiden.modeling.attention_choice import choose_attention
-from ekiden.modeling.build import blocks, body, hidden_states
-from ekiden.modeling.device import Precision
+from ekiden.modeling.build import blocks, body, head_weight, hidden_states
+from ekiden.modeling.device import Precision, in_fp32
 from ekiden.modeling.fast_parts import install_fast_parts
 from ekiden.modeling.fp16 import protect_from_overflow
+from ekiden.modeling.half import install_half_products
 from ekiden.modeling.kernels import library
 from ekiden.modeling.own_parts import install_own_parts
 from ekiden.progress import say
@@ -48,8 +50,13 @@ def prepare_model(
         setattr(model.config, DOCUMENT_MASK, True)  # for whoever evaluates what was trained
     install(model, attention or choose_attention(config, device, precision, boundary))
     install_fast_parts(model)
-    if device.type == "cpu" and precision.dtype == torch.float32 and library() is not None:
-        install_own_parts(model)
+    # A plan, whose tensors hold no data, is for any machine and not for this one's processor.
+    half = in_fp32(device, precision.dtype) and not isinstance(head_weight(model), FakeTensor)
+    if half:
+        for block in blocks(model):
+            install_half_products(block)
+    if device.type == "cpu" and (half or precision.dtype == torch.float32) and library() is not None:
+        install_own_parts(model, precision.dtype)
     if precision.dtype == torch.float16:
         protect_from_overflow(model)
     if config.activation_checkpointing:
