@@ -4,11 +4,10 @@
     python benchmarks/low_precision.py --model RUN/final_model --dataset-path SHARDS
 
 Trains GPT-2 and Gemma 3 of 3 layers x 64 on the built-in corpus with Ekiden's own `train`, the same data in both
-precisions, 4 x 128 tokens a step, one thread. `--fp16` trains in fp16 with loss scaling too, which `train` refuses on a CPU for
-its slowness: the arithmetic is fp16's all the same, but for Muon's products (fp32 on a CPU). The last line is one JSON
-object: the mean training loss over the last ten steps in nats a token for each, the steps that were skipped, and the largest
-absolute value that any module but the head took in or put out for test text (fp16 ends at 65,504); with `--model` that of a
-model already trained.
+precisions, 4 x 128 tokens a step, one thread. `--fp16` trains in fp16 with loss scaling too (Muon's products are fp32 on a
+CPU). The last line is one JSON object: the mean training loss over the last ten steps in nats a token for each, the steps
+that were skipped, and the largest absolute value that any module but the head took in or put out for test text (fp16 ends
+at 65,504); with `--model` that of a model already trained.
 """
 
 from __future__ import annotations
@@ -23,9 +22,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import ekiden
-import ekiden.training.start
 from ekiden.config import build_config
-from ekiden.modeling.device import named_precision
 from ekiden.tokenizer.train import train_tokenizer
 from ekiden.tokens.format import TokenDataset
 from ekiden.training.history import read_history
@@ -44,20 +41,14 @@ def train(preset: str, precision: str, shards: Path, output: Path, steps: int) -
         max_steps=steps,
         eval_steps=0,
         log_steps=1,
-        precision="fp32" if precision == "fp16" else precision,
+        precision=precision,
         device="cpu",
         num_threads=1,
         compile="off",
         report=False,
         **shape,
     )
-    selected = ekiden.training.start.select_precision
-    if precision == "fp16":
-        ekiden.training.start.select_precision = lambda requested, device: named_precision("fp16")
-    try:
-        ekiden.train(config)
-    finally:
-        ekiden.training.start.select_precision = selected
+    ekiden.train(config)
     records = list(read_history(output / "history.jsonl"))
     losses = [r["loss"] for r in records if r["kind"] == "train"]
     skipped = sum(r.get("event") == "skip" for r in records)

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ekiden.config import TrainConfig, build_config
+from ekiden.modeling import device as device_module
 from ekiden.modeling.build import build_model, hidden_states
 from ekiden.modeling.device import named_precision
 from ekiden.modeling.fp16 import power_of_two_above, protect_from_overflow
@@ -155,8 +156,9 @@ def test_120_steps_in_fp16_need_the_fp32_islands(protected: bool) -> None:
 
 
 @pytest.mark.parametrize("protected", [True, False])
-def test_from_scratch_in_fp16_the_islands_decide(protected: bool) -> None:
+def test_from_scratch_in_fp16_the_islands_decide(protected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the usual start, at a rate that takes the weights in 40 steps to where they overflow; nothing else is made large."""
+    monkeypatch.setattr(device_module, "has_instructions", lambda dtype: True)  # else the logits are fp32
     settings = config(hidden_size=64, intermediate_size=256, optimizer="adamw")
     made = build_model(settings, 64, 0, 2, 1, seed=1)
     if protected:

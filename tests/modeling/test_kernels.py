@@ -9,6 +9,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from ekiden.config import build_config
+from ekiden.modeling import device as device_module
 from ekiden.modeling import kernels
 from ekiden.modeling.attention import OWN, attention_name
 from ekiden.modeling.attention_choice import choose_attention
@@ -166,11 +167,15 @@ def test_the_decoder_stays_one_graph() -> None:
 
 
 @needed
-def test_other_types_and_document_masks_are_left_to_pytorch() -> None:
+def test_document_masks_and_types_with_instructions_are_left_to_pytorch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     config = build_config("gpt2-10m", max_length=64)
     assert choose_attention(config, CPU, FP32).causal == OWN
     assert choose_attention(config, CPU, FP32, boundary=(2, True)).masked != OWN
-    assert choose_attention(config, CPU, named_precision("bf16")).causal != OWN
+    for native in (True, False):
+        monkeypatch.setattr(device_module, "has_instructions", lambda dtype, native=native: native)
+        assert (choose_attention(config, CPU, named_precision("bf16")).causal == OWN) != native
 
 
 def test_without_a_compiler_pytorch_does_it(monkeypatch: pytest.MonkeyPatch) -> None:

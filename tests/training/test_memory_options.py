@@ -13,6 +13,7 @@ import torch
 from campaign import outcome
 
 from ekiden.config import TrainConfig, build_config
+from ekiden.modeling import device as device_module
 from ekiden.modeling import prepare as prepare_module
 from ekiden.modeling.attention import MATH, Attention
 from ekiden.modeling.build import build_model
@@ -20,7 +21,6 @@ from ekiden.modeling.device import named_precision
 from ekiden.modeling.prepare import checkpoint_activations, prepare_model
 from ekiden.training import facts as facts_module
 from ekiden.training import microbatch
-from ekiden.training import start as start_module
 from ekiden.training import step as step_module
 from ekiden.training.history import read_history
 from ekiden.training.loop import train
@@ -82,8 +82,6 @@ def test_resume_is_bit_identical(
     if options.get("batch_size") == "auto" and options.get("compile") != "on":
         # Where to begin to try costs seconds, and is `test_microbatch`'s.
         monkeypatch.setattr(microbatch, "predicted_microbatch", lambda *given: given[3])
-    if options.get("precision") == "fp16":  # refused on a CPU, for it is slow there
-        monkeypatch.setattr(start_module, "select_precision", lambda *_: named_precision("fp16"))
     assert_resume_is_bit_identical(settings, tmp_path, monkeypatch, **{"optimizer": "adamw", **options})
     if options.get("compile") == "on":
         assert all(e["environment"]["compiled"] for e in starts(tmp_path / "run"))
@@ -138,6 +136,17 @@ def test_arithmetic_without_our_own_kernels_is_said_on_resume(
     monkeypatch.setattr(facts_module, "library", lambda: None)
     train(settings(4))
     assert "(kernels was own, is PyTorch's)" in capsys.readouterr().err
+
+
+def test_a_run_resumed_without_instructions_for_its_precision_says_so(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(device_module, "has_instructions", lambda dtype: True)
+    train(settings(3, precision="bf16"))
+    monkeypatch.setattr(device_module, "has_instructions", lambda dtype: False)
+    capsys.readouterr()
+    train(settings(4, precision="bf16"))
+    assert "precision was bf16, is bf16 by fp32 products" in capsys.readouterr().err
 
 
 def gradients(config: TrainConfig, checkpointed: bool) -> tuple[torch.Tensor, list[torch.Tensor | None]]:

@@ -198,7 +198,12 @@ def _mlp(mlp: Any, x: torch.Tensor) -> torch.Tensor:
 def _attend(layer: Any, x: torch.Tensor, *others: Any, **named: Any) -> tuple[torch.Tensor, None]:
     """Return GPT-2's attention layer of [b, T, d], as a block calls it."""
     masks = named.get("ekiden_masks")
-    if masks is None or masks["full"] is not None or layer.attention.causal != OWN:
+    if (
+        masks is None
+        or masks["full"] is not None
+        or layer.attention.causal != OWN
+        or x.dtype != torch.float32  # then the product is, or autocast's type
+    ):
         return type(layer).forward(layer, x, *others, **named)
     made = kernels.packed_attention(layer.c_attn(x), layer.num_heads)
     return layer.resid_dropout(layer.c_proj(made)), None

@@ -22,7 +22,7 @@ import transformers
 import ekiden
 from ekiden.config import TrainConfig
 from ekiden.modeling.build import parameter_counts
-from ekiden.modeling.device import Precision, available_cores, peak_flops
+from ekiden.modeling.device import Precision, available_cores, in_fp32, peak_flops
 from ekiden.modeling.flops import flops_per_token
 from ekiden.modeling.kernels import library
 from ekiden.modeling.prepare import ARITHMETIC
@@ -78,6 +78,8 @@ def environment(device: torch.device, precision: Precision, threads: int, compil
     }
     if device.type != "cpu":
         return facts
+    if in_fp32(device, precision.dtype):
+        facts["precision"] = f"{precision.name} by fp32 products"
     return facts | {"threads": threads, "kernels": "own" if library() else "PyTorch's"}
 
 
