@@ -20,6 +20,7 @@ import re
 import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -173,15 +174,14 @@ def traced(begin: Callable[[], Act], folder: Path, names: tuple[str, ...], injec
         inject: strace's expression; it counts calls by name and by thread.
     """
     go_read, go_write = os.pipe()
-    done_read, done_write = os.pipe()
+    # Its word is sent, not written: a call of the driver's own would be counted, and hide the same one of another thread.
+    hears, tells = socket.socketpair()
     child = os.fork()
     if child == 0:
-        _attacked(begin, folder / "stderr", go_read, done_write)
+        _attacked(begin, folder / "stderr", go_read, tells)
     os.close(go_read)
-    os.close(done_write)
-    os.read(
-        done_read, 1
-    )  # it is set up: on a busy machine strace would otherwise count what it does for that
+    tells.close()
+    hears.recv(1)  # it is set up: on a busy machine strace would otherwise count what it does for that
     log = folder / "strace"
     command = ["strace", "-f", "-o", str(log), "-e", f"trace={','.join(names)}", "-e", "signal=none"]
     command += ["-e", f"inject={inject}"] if inject else []
@@ -193,9 +193,9 @@ def traced(begin: Callable[[], Act], folder: Path, names: tuple[str, ...], injec
         said += strace.stderr.read()
     if "attached" not in said:
         raise RuntimeError(f"strace could not attach: {said}")
-    acknowledged = os.read(done_read, 1) == b"d"
+    acknowledged = hears.recv(1) == b"d"
     os.close(go_write)
-    os.close(done_read)
+    hears.close()
     code = os.waitstatus_to_exitcode(raw)
     lines = log.read_text(errors="replace")
     stderr = (folder / "stderr").read_text(errors="replace").strip()
@@ -203,8 +203,8 @@ def traced(begin: Callable[[], Act], folder: Path, names: tuple[str, ...], injec
     return Traced(status, acknowledged or code == 0, _calls(lines, child), "INJECTED" in lines, stderr[-300:])
 
 
-def _attacked(begin: Callable[[], Act], stderr: Path, go: int, done: int) -> None:
-    """Set up, wait for strace, act, tell; never return. What it did is told by a pipe and by the exit status."""
+def _attacked(begin: Callable[[], Act], stderr: Path, go: int, tells: socket.socket) -> None:
+    """Set up, wait for strace, act, tell; never return. What it did is told by a socket and by the exit status."""
     status = CRASHED
     try:
         descriptor = os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -213,7 +213,7 @@ def _attacked(begin: Callable[[], Act], stderr: Path, go: int, done: int) -> Non
         act = begin()
         # Where only ancestors may trace (Yama), the process itself has to allow it.
         ctypes.CDLL(None).prctl(_PR_SET_PTRACER, _ANY, 0, 0, 0)
-        os.write(done, b"r")
+        tells.send(b"r")
         select.select([go], [], [])  # not a read: a call that waits is counted when strace attaches
         try:
             status = 0 if act() else REFUSED
@@ -221,7 +221,7 @@ def _attacked(begin: Callable[[], Act], stderr: Path, go: int, done: int) -> Non
             status = REFUSED
         if status == 0:
             with contextlib.suppress(OSError):
-                os.write(done, b"d")
+                tells.send(b"d")
     except BaseException as error:
         with contextlib.suppress(OSError):
             os.write(2, f"{type(error).__name__}: {error}".encode())

@@ -77,3 +77,9 @@ def test_calls_are_counted_by_thread(tmp_path: Path) -> None:
     assert fourth.status == 0 and not fourth.injected
     third = syscalls.traced(begin, tmp_path, ("mkdir",), "mkdir:signal=SIGKILL:when=3")
     assert third.status is None and len(third.calls) == 3 and not third.acknowledged
+
+
+def test_the_drivers_own_calls_are_not_counted(tmp_path: Path) -> None:
+    """One more call of the main thread would hide the same number of a thread that saves."""
+    done = syscalls.traced(lambda: lambda: True, tmp_path, syscalls.CALLS)
+    assert done.acknowledged and done.calls == []
