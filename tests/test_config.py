@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -92,13 +93,13 @@ def test_a_recipe_wins_over_its_preset_and_a_flag_over_both(tmp_path: Path) -> N
     ("text", "expected"),
     [
         ("seed: 1\nmax_step: 5", "r.yaml:2: unknown setting 'max_step'; did you mean 'max_steps'?"),
-        ("max_steps: many", "r.yaml:1: max_steps must be of type int, not 'many'"),
+        ("max_steps: many", "r.yaml:1: max_steps must be a whole number, such as 500 or 20k, not 'many'"),
         ("seed: 1\nseed: 2", "r.yaml:2: seed is set twice"),
         ("precision: int8", "r.yaml:1: precision must be one of auto, fp32, bf16, fp16, not 'int8'"),
         ("a: [", "is not valid YAML"),
         ("- a", "r.yaml:1 must hold"),
-        ("max_steps: 1.5", "must be of type int"),
-        ("use_wandb: maybe", "must be of type bool"),
+        ("max_steps: 1.5", "must be a whole number"),
+        ("use_wandb: maybe", "must be true or false"),
         ("output_dir: 2026-99-99", "r.yaml:1: output_dir holds a value that is not plain YAML"),
         ("seed: !!python/object/apply:os.system ['true']", "seed"),
     ],
@@ -148,3 +149,22 @@ def test_durations_and_sizes() -> None:
     assert parse_bytes("8GB", "x") == 8_000_000_000
     assert parse_bytes("1.5M", "x") == 1_500_000
     assert parse_bytes("", "x") is None
+
+
+def test_the_package_holds_every_file_that_is_no_module() -> None:
+    """What `package-data` does not name is missing from a wheel, and is noticed far from here."""
+    root = SOURCE
+    settings = tomllib.loads((root.parents[1] / "pyproject.toml").read_text(encoding="utf-8"))
+    patterns = settings["tool"]["setuptools"]["package-data"]["ekiden"]
+    named = {path for pattern in patterns for path in root.glob(pattern) if path.is_file()}
+    others = {path for path in root.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert others and {path for path in others if "__pycache__" not in path.parts} == named
+    assert root / "py.typed" in named
+
+
+def test_gpt2_has_no_key_value_heads_to_agree_with() -> None:
+    assert build_config("gpt2-10m", num_attention_heads=4).num_attention_heads == 4
+    with pytest.raises(
+        UsageError, match="--num-attention-heads 3 must be a multiple of --num-key-value-heads"
+    ):
+        build_config("gemma3-tiny", num_attention_heads=3, num_key_value_heads=2)

@@ -9,7 +9,6 @@ refuse, by name, a change that would make it another run. `config_checks` refuse
 from __future__ import annotations
 
 import dataclasses
-import types
 import typing
 from importlib import resources
 from pathlib import Path
@@ -37,6 +36,14 @@ __all__ = [
 
 DROPPED = frozenset({"final_min_share"})
 """Settings that earlier versions wrote into `config.yaml`; they decided the order, which every checkpoint holds."""
+
+KINDS = {
+    int: "a whole number, such as 500 or 20k",
+    float: "a number, such as 0.1 or 3e-4",
+    bool: "true or false",
+    str: "text",
+}
+"""What a value of each type is called in a message."""
 
 
 def preset_names() -> list[str]:
@@ -105,6 +112,7 @@ def coerce(name: str, value: Any, where: str) -> Any:
         UsageError: it cannot be one; the sentence begins with `where`.
     """
     kind = field_types()[name]
+    must = "must be" if where.startswith("--") else f"{name} must be"
     origin = typing.get_origin(kind)
     try:
         if origin is Literal:
@@ -112,7 +120,7 @@ def coerce(name: str, value: Any, where: str) -> Any:
             choice = {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
             if choice not in typing.get_args(kind):
                 allowed = ", ".join(typing.get_args(kind))
-                raise UsageError(f"{where}: {name} must be one of {allowed}, not {value!r}")
+                raise UsageError(f"{where}: {must} one of {allowed}, not {value!r}")
             return choice
         if kind is bool:
             return to_bool(value)
@@ -132,10 +140,9 @@ def coerce(name: str, value: Any, where: str) -> Any:
             return to_weights(value)
     except (LookupError, ValueError, TypeError, AttributeError):
         pass
-    shown = (
-        kind.__name__ if isinstance(kind, type) and not isinstance(kind, types.GenericAlias) else str(kind)
-    )
-    raise UsageError(f"{where}: {name} must be of type {shown}, not {value!r}")
+    wanted = KINDS.get(kind, "NAME=SHARE pairs, such as hindi=0.7,dutch=0.3")
+    wanted += ", or auto" if name == "batch_size" else ""
+    raise UsageError(f"{where}: {must} {wanted}, not {value!r}")
 
 
 def build_config(recipe: str | None = None, **settings: Any) -> TrainConfig:

@@ -47,8 +47,11 @@ def validate(config: TrainConfig) -> TrainConfig:
         raise UsageError(
             f"--hidden-size {config.hidden_size} must be a multiple of --num-attention-heads {config.num_attention_heads}"
         )
-    if config.num_attention_heads % config.num_key_value_heads:
-        raise UsageError("--num-attention-heads must be a multiple of --num-key-value-heads")
+    if config.model_type != "gpt2" and config.num_attention_heads % config.num_key_value_heads:
+        raise UsageError(
+            f"--num-attention-heads {config.num_attention_heads} must be a multiple of --num-key-value-heads "
+            f"{config.num_key_value_heads}"
+        )
     for name in ("decay_ratio", "final_share", "small_language_share", "min_learning_rate_ratio"):
         if not 0 <= getattr(config, name) <= 1:
             raise UsageError(

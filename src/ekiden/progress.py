@@ -60,8 +60,9 @@ class Progress:
 
     def __init__(self, total: int | None, unit: str, label: str, initial: int = 0) -> None:
         self.total, self.unit, self.label = total, unit, label
-        self.done, self._initial = initial, initial
-        self._started = self._last_line = time.monotonic()
+        self.done, self._initial, self._shown = initial, initial, initial
+        self._last_line = time.monotonic()
+        self._since: tuple[float, int] | None = None
         self._figures: dict[str, object] = {}
         self._bar: tqdm | None = None
         if sys.stderr.isatty() and not _silent:
@@ -79,6 +80,8 @@ class Progress:
         """Advance by `count` units and show `figures` (name=value, already formatted)."""
         self.done += count
         self._figures.update(figures)
+        if self._since is None:  # a first step compiles and fills caches: it says nothing of the others
+            self._since = time.monotonic(), self.done
         if self._bar is not None:
             if figures:
                 self._bar.set_postfix(self._figures, refresh=False)
@@ -87,11 +90,12 @@ class Progress:
             self._line()
 
     def _line(self) -> None:
-        self._last_line = now = time.monotonic()
+        now = time.monotonic()
+        self._last_line, self._shown = now, self.done
         if _silent:
             return
-        elapsed, advanced = now - self._started, self.done - self._initial
-        rate = advanced / elapsed if elapsed > 0 else 0.0
+        began, before = self._since or (now, self.done)
+        rate = (self.done - before) / (now - began) if now > began else 0.0
         of_total = f"/{human_count(self.total)}" if self.total else ""
         parts = [f"{self.label} {human_count(self.done)}{of_total} {self.unit}"]
         parts += [f"{name} {value}" for name, value in self._figures.items()]
@@ -103,7 +107,7 @@ class Progress:
         """Draw the final state."""
         if self._bar is not None:
             self._bar.close()
-        elif self.done > self._initial:
+        elif self.done > self._initial and self.done != self._shown:
             self._line()
 
     def __enter__(self) -> Progress:

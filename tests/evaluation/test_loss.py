@@ -246,6 +246,8 @@ def test_the_table_has_a_row_a_language_and_the_averages():
         "macro": {"loss": 3.0, "perplexity": 20.0, "bits_per_byte": 1.5},
         "micro": row,
     }
+    one = format_evaluation(result | {"languages": {"english": row}}).splitlines()
+    assert [line.split()[0] for line in one] == ["language", "english"]
     lines = format_evaluation(result).splitlines()
     assert [line.split()[0] for line in lines] == ["language", "english", "कोंकणी", "mean", "mean"]
     assert lines[1].split()[1:] == ["3.1416", "23.14", "1.5000", "12,345", "7.2500"]

@@ -194,6 +194,14 @@ def test_a_full_disk_is_one_sentence_and_leaves_no_dataset(
     make(language_folder, tiny_tokenizer_path, tmp_path / "out").verify()
 
 
+def test_what_is_no_folder_is_not_called_a_full_disk(
+    language_folder: Path, tiny_tokenizer_path: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"could not be written .*; give a folder on a writable disk and run"):
+        make(language_folder, tiny_tokenizer_path, tmp_path / "file" / "out", num_proc=1)
+
+
 def test_a_corpus_without_documents_is_one_sentence(tiny_tokenizer_path: Path, tmp_path: Path) -> None:
     (tmp_path / "corpus" / "x").mkdir(parents=True)
     (tmp_path / "corpus" / "x" / "a.jsonl").write_text("\n\n")

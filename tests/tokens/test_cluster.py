@@ -158,3 +158,17 @@ def test_no_worker_is_one_sentence(scheduler: str, tmp_path: Path, monkeypatch: 
         cluster.dask_executor(scheduler, tmp_path / "out", []),
     ):
         pass
+
+
+@pytest.mark.parametrize("address", ["foo", "10.0.0.5:8786", "tcp://foo", "http://x:1"])
+def test_what_is_no_address_makes_no_client(
+    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client of it waits a minute when the program ends."""
+    distributed = pytest.importorskip("distributed")
+    monkeypatch.setattr(distributed, "Client", None)
+    with (
+        pytest.raises(UserError, match=r"does not answer .* such as tcp://"),
+        cluster.dask_executor(address, tmp_path, []),
+    ):
+        pass

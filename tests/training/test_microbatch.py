@@ -193,7 +193,7 @@ def test_the_global_batch_is_a_number_of_its_own(settings: Settings, tmp_path: P
             {"global_batch_size": 8, "gradient_accumulation_steps": 2},
             "leave --gradient-accumulation-steps out",
         ),
-        ({"batch_size": "automatic"}, "batch_size must be of type int"),
+        ({"batch_size": "automatic"}, "--batch-size: must be a whole number, such as 500 or 20k, or auto"),
         ({"global_batch_size": -1}, "--global-batch-size must not be negative"),
     ],
 )

@@ -127,6 +127,7 @@ def test_a_decay_needs_a_whole_checkpoint(settings: Settings, tmp_path: Path) ->
 @pytest.mark.parametrize("preset", preset_names())
 def test_every_preset_says_its_recipe_and_where_it_comes_from(preset: str) -> None:
     text = "\n".join(describe_recipe(build_config(preset)))
+    assert "languages: " in text and "languages: " not in "\n".join(describe_recipe(build_config(preset), 1))
     assert "docs/recipe.md" in text and "but for what you set" not in text
     changed = "\n".join(describe_recipe(build_config(preset, learning_rate=0.5, schedule="cosine")))
     assert "learning_rate=0.5 (preset: " in changed and "schedule=cosine (preset: wsd)" in changed

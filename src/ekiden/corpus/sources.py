@@ -83,7 +83,12 @@ def _files(path: Path) -> list[SourceFile]:
     for file in sorted(path.rglob("*")):
         below = file.relative_to(path)
         # A notebook leaves a second copy of every file in .ipynb_checkpoints.
-        if not file.is_file() or any(part.startswith(".") for part in below.parts):
+        if file.is_dir() or any(part.startswith(".") for part in below.parts):
+            continue
+        if not file.is_file():
+            if file_format(file):
+                what = "a link to what is not there" if file.is_symlink() else "no ordinary file"
+                say(f"{path}: {below.as_posix()} is not read, being {what}")
             continue
         if kind := file_format(file):
             found.append(SourceFile(str(file), file.stat().st_size, kind, below.as_posix()))

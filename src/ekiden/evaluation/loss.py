@@ -275,13 +275,14 @@ def check_tokenizer(tokenizer: Tokenizer, model: Path, dataset: TokenDataset) ->
 
 
 def format_evaluation(result: dict[str, Any]) -> str:
-    """Return a table of what `evaluate` returned: a row a language, then the averages."""
+    """Return a table of what `evaluate` returned: a row a language, then the averages where there are several."""
     rows = dict(result["languages"])
-    rows |= {
-        name: result[key]
-        for key, name in (("macro", "mean of languages"), ("micro", "mean of tokens"))
-        if result[key]
-    }
+    if len(rows) > 1:
+        rows |= {
+            name: result[key]
+            for key, name in (("macro", "mean of languages"), ("micro", "mean of tokens"))
+            if result[key]
+        }
     width = max([len(name) for name in rows] + [len("language")]) + 2
     baseline = any("unigram_loss" in row for row in rows.values())
     head = f"{'language':<{width}}{'loss':>9}{'perplexity':>13}{'bits/byte':>11}{'tokens':>13}"

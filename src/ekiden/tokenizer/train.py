@@ -11,6 +11,7 @@ from __future__ import annotations
 import heapq
 import io
 import re
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +32,7 @@ SAMPLE_BYTES = 16 << 20
 """Text given to the trainer. More buys 1-2 % fewer tokens; memory is about 20 (unigram) or 5 (BPE) bytes a byte."""
 
 MAX_LINE_BYTES = 4000
+LEAST_PIECES = 300
 HELD_OUT = 200
 """Documents of each language kept apart to measure the result on."""
 
@@ -88,6 +90,12 @@ def train_tokenizer(
     target = Path(output)
     if target.suffix != ".model":
         raise UsageError(f"--output {output} must end in .model")
+    if vocab_size < LEAST_PIECES:
+        raise UsageError(
+            f"--vocab-size {vocab_size} is too small: 256 bytes, 4 control pieces and the line's end are in every vocabulary; "
+            f"give {LEAST_PIECES} or more"
+        )
+    check_folder(target.parent)
     sources = discover(corpus, language)
     lines, held_out = sample_corpus(sources, temperature)
     report = TokenizerReport(output, vocab_size)
@@ -96,12 +104,27 @@ def train_tokenizer(
     if not any(lines.values()):
         raise UserError(f"corpus {' '.join(corpus)} holds no text to train a tokenizer on; look at its files")
     data = run_trainer([line for chosen in lines.values() for line in chosen], vocab_size, model_type)
-    target.parent.mkdir(parents=True, exist_ok=True)
     files.write_atomic(target, data)
     tokenizer = SentencePieceTokenizer({SENTENCEPIECE_FILE: data})
     for name, texts in held_out.items():
         measure(tokenizer, texts, report.languages[name])
     return report
+
+
+def check_folder(folder: Path) -> None:
+    """Make the folder of the result before minutes of training, and see that it takes a file.
+
+    Raises:
+        UserError: it does not.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"--output's folder {folder} cannot be written ({files.reason(error)}); give one on a writable disk with space"
+        ) from None
 
 
 def sample_corpus(

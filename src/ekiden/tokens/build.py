@@ -8,6 +8,7 @@ Any `concurrent.futures` executor whose workers see the output folder and the co
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import json
 import shutil
@@ -134,8 +135,10 @@ def told_as_user_error(folder: Path, corpus: set[str]) -> Iterator[None]:
             raise UserError(
                 f"corpus file {error.filename} could not be read ({error.strerror}); mend it and run the same command again"
             ) from None
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        todo = "free some space" if full else "give a folder on a writable disk"
         raise UserError(
-            f"--output-dir {folder} could not be written ({error.strerror or error}); free some space and run the same "
+            f"--output-dir {folder} could not be written ({error.strerror or error}); {todo} and run the same "
             "command again, finished shards are kept"
         ) from None
 

@@ -59,6 +59,8 @@ def dask_executor(address: str, folder: Path, corpus: list[str]) -> Iterator[Exe
     """
     distributed = require("distributed", "--scheduler", extra="dask")
     try:
+        # A client of such an address waits a minute at the end of the program for a connection that it never had.
+        distributed.comm.addressing.get_address_host_port(address, strict=True)
         client = distributed.Client(address, timeout=CONNECT_SECONDS, set_as_default=False)
     except (OSError, TimeoutError, ValueError) as error:
         raise UserError(

@@ -389,6 +389,7 @@ class Trainer:
             self._samples()
         with self.clock.span("saving"):
             self.saving.write_model(self.directory.final_model, self.counters.best_loss)
+        say(f"all {self.start.max_steps} steps are done; the model is in {self.directory.final_model}")
         return self._result("completed", "all steps done")
 
     def _result(self, status: str, reason: str) -> TrainResult:

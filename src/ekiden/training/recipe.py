@@ -18,8 +18,12 @@ SETTINGS = (
 SOURCE = "measured on models of 3.5M parameters (docs/recipe.md, benchmarks/learning.py)"
 
 
-def describe_recipe(config: TrainConfig) -> list[str]:
-    """Return the recipe of `config` in sentences: initialisation, optimizer, schedule, mixture, and its source."""
+def describe_recipe(config: TrainConfig, languages: int | None = None) -> list[str]:
+    """Return the recipe of `config` in sentences: initialisation, optimizer, schedule, mixture, and its source.
+
+    Args:
+        languages: how many the data has, where that is known; one has no mixture.
+    """
     if config.optimizer == "muon":
         optimizer = (
             f"Muon on the blocks' matrices at {config.matrix_learning_rate:g}, AdamW on the rest at "
@@ -34,8 +38,9 @@ def describe_recipe(config: TrainConfig) -> list[str]:
     lines = [
         f"recipe: {config.initialization} initialisation; {optimizer}",
         f"  learning rate: {schedule}, down to {config.min_learning_rate_ratio:.0%} of the peak",
-        f"  languages: {describe_mixture(config)}",
     ]
+    if languages != 1:
+        lines.append(f"  languages: {describe_mixture(config)}")
     changed = changed_from_preset(config)
     if changed:
         lines.append(f"  {SOURCE}, but for what you set: {', '.join(changed)}")

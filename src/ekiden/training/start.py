@@ -311,11 +311,12 @@ def describe(
         f"{max_steps} steps of {counters.global_batch} x {config.max_length} tokens"
     )
     if saved is None:
-        say("\n".join(describe_recipe(config)))
+        say("\n".join(describe_recipe(config, len(state.mixture.languages))))
         say(state.mixture.describe(max_steps * counters.global_batch * config.max_length))
         return notes
     for name, (before, after) in changed.items():
-        say(f"changed setting: {name} was {before}, is {after}")
+        was, now_is = (value if value not in ("", [], {}) else "not set" for value in (before, after))
+        say(f"changed setting: {name} was {was}, is {now_is}")
     then = saved["identity"]["environment"]
     differing = [
         f"{key} was {then.get(key)}, is {now.get(key)}" for key in now | then if then.get(key) != now.get(key)
