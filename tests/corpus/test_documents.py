@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -247,3 +248,15 @@ def test_hidden_files_and_folders_are_no_text(tmp_path: Path) -> None:
         (tmp_path / "english" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "english" / name).write_text('{"text": "a"}\n')
     assert [file.name for file in discover([str(tmp_path)])["english"]] == ["more/text.jsonl", "text.jsonl"]
+
+
+def test_a_link_to_nothing_and_a_pipe_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "corpus" / "dutch"
+    folder.mkdir(parents=True)
+    (folder / "a.jsonl").write_text('{"text": "goed"}\n')
+    (folder / "b.jsonl").symlink_to(tmp_path / "gone.jsonl")
+    os.mkfifo(folder / "c.txt")
+    assert [Path(file.path).name for file in discover([str(tmp_path / "corpus")])["dutch"]] == ["a.jsonl"]
+    said = capsys.readouterr().err
+    assert "b.jsonl is not read, being a link to what is not there" in said
+    assert "c.txt is not read, being no ordinary file" in said

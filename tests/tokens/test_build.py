@@ -315,3 +315,20 @@ def test_shards_are_numbered_without_gaps_and_a_kill_while_naming_them_costs_not
     monkeypatch.setattr(files, "fault_hook", None)
     make(language_folder, tiny_tokenizer_path, tmp_path / "out", **options).verify()
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_token_that_is_none_names_its_shard(
+    language_folder: Path, tiny_tokenizer_path: Path, tmp_path: Path
+) -> None:
+    """A size tells no flipped bit, and the hashes of 20 GB are not compared at every start."""
+    dataset = make(language_folder, tiny_tokenizer_path, tmp_path / "out", num_proc=1)
+    file = tmp_path / "out" / dataset.languages[0] / "train-00000.bin"
+    damaged = bytearray(file.read_bytes())
+    damaged[10:12] = b"\xff\xff"
+    file.write_bytes(damaged)
+    stream = TokenDataset.open(tmp_path / "out").split(dataset.languages[0], "train")
+    assert len(stream.read(6, 50)) == 50
+    with pytest.raises(
+        UserError, match=r"train-00000\.bin is damaged: token 65535 of a vocabulary of \d+; preproc"
+    ):
+        stream.read(0, 50)

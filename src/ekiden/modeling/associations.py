@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 Associations = tuple[np.ndarray, np.ndarray, np.ndarray]
-"""Two tokens, the first no larger than the second, and how strongly they belong together: [n] each."""
+"""first, second: int64 [n], two tokens, each pair once, first <= second. strength: float32 [n], above 0: how strongly they
+belong together (`tokens.cooccurrence`: their pointwise mutual information, in nats)."""
 
 RANK = 256
 """Directions looked for at most; a wider embedding holds them in random ones of its own."""

@@ -7,10 +7,15 @@ begins with tokens of a kind beside each other and need not find that out. A pur
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from ekiden.tokens.format import TokenDataset
 from ekiden.tokens.mixture import Mixture
+
+if TYPE_CHECKING:  # it needs torch, which this package does without
+    from ekiden.modeling.associations import Associations
 
 SAMPLE = 1_000_000
 """Tokens read of a language at most, from the beginning of its shards: 0.4 s each."""
@@ -23,11 +28,6 @@ SMOOTHING = 0.75
 Dagan 2015, Transactions of the ACL 3)."""
 MOST_TOKENS = 65_536
 """The most frequent tokens, between which pairs count: of a larger vocabulary few others are met often enough."""
-
-
-Associations = tuple[np.ndarray, np.ndarray, np.ndarray]
-"""first, second: int64 [n], each pair once, first <= second. strength: float32 [n], above 0: the pair's pointwise mutual
-information in nats."""
 
 
 def count_associations(dataset: TokenDataset, mixture: Mixture) -> Associations:

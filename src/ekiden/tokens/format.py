@@ -110,7 +110,8 @@ class ShardWriter:
 class TokenStream:
     """One split of one language as a single sequence of tokens, read from memory-mapped shards."""
 
-    def __init__(self, folder: Path, split: Split, dtype: np.dtype[Any]) -> None:
+    def __init__(self, folder: Path, split: Split, dtype: np.dtype[Any], vocab_size: int) -> None:
+        self.vocab_size = vocab_size
         self.tokens, self.documents, self.bytes = split.tokens, split.documents, split.bytes
         self._folder, self._dtype = folder, dtype
         self._shards = [shard for shard in split.shards if shard.tokens]
@@ -126,13 +127,22 @@ class TokenStream:
         return self._maps[index]
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Return `count` tokens from position `start`, int64, across shard borders; the stream is read as a ring."""
+        """Return `count` tokens from position `start`, int64, across shard borders; the stream is read as a ring.
+
+        Raises:
+            UserError: what lies there is no token of the vocabulary.
+        """
         assert self.tokens > 0
         parts, position = [], start % self.tokens
         while count > 0:
             index = bisect_right(self._ends, position)
             begin = position - (self._ends[index] - self._shards[index].tokens)
             part = self._map(index)[begin : begin + count]
+            if part.max() >= self.vocab_size:
+                raise UserError(
+                    f"{self._folder / self._shards[index].name}.bin is damaged: token {part.max()} of a vocabulary of "
+                    f"{self.vocab_size}; preprocess again, or copy the folder again"
+                )
             parts.append(part)
             count -= len(part)
             position = (position + len(part)) % self.tokens
@@ -265,7 +275,9 @@ class TokenDataset:
         """
         if language not in self.splits:
             raise UserError(f"{self.path} holds no language {language!r}{nearest(language, self.splits)}")
-        return TokenStream(self.path / language, self.splits[language].get(split, Split()), self.dtype)
+        return TokenStream(
+            self.path / language, self.splits[language].get(split, Split()), self.dtype, self.vocab_size
+        )
 
     def describe(self) -> str:
         """Return a table: a row a language, and what was rejected."""

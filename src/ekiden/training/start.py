@@ -21,6 +21,7 @@ from ekiden.checkpoint.store import CheckpointStore
 from ekiden.config import TrainConfig, field_types
 from ekiden.config_checks import AUTO
 from ekiden.errors import UserError
+from ekiden.modeling.associations import Associations
 from ekiden.modeling.attention import attention_name
 from ekiden.modeling.build import build_model, head_weight, parameter_counts
 from ekiden.modeling.device import (
@@ -35,7 +36,7 @@ from ekiden.modeling.prepare import prepare_model
 from ekiden.progress import human_count, say
 from ekiden.tokenizer.load import Tokenizer
 from ekiden.tokens.batches import Batches
-from ekiden.tokens.cooccurrence import Associations, count_associations
+from ekiden.tokens.cooccurrence import count_associations
 from ekiden.tokens.format import TokenDataset
 from ekiden.tokens.shares import final_shares
 from ekiden.tokens.unigram import unigram_probabilities
