@@ -9,8 +9,9 @@ go on at a time as there are cores, each on one thread, so that the figures are 
 
 `tokens_ratio` is the share of the plan recipe's tokens with which another recipe ends where the plan's ends (macro
 bits per byte), from runs of several lengths, each with its own schedule; between two lengths it is interpolated in
-the logarithm of the tokens. `konkani_change_percent` compares Ekiden's mixture and tokenizer (by n^0.3) with a proportional
-mixture and a tokenizer by n^0.5, all else equal. `largest` are the largest values inside a model at its end (fp16 ends
+the logarithm of the tokens; where the shortest of them ends lower already, its own share. `konkani_change_percent`
+compares Ekiden's mixture and tokenizer (by n^0.3) with a proportional mixture and a tokenizer by n^0.5, all else
+equal. `largest` are the largest values inside a model at its end (fp16 ends
 at 65,504) and the steps that were skipped. Curves go to `OUT/learning.png`. The last line printed is one JSON object.
 """
 
@@ -116,6 +117,8 @@ RECIPES: dict[str, dict[str, Any]] = {
 """What each recipe sets."""
 
 BASELINE = "plan"
+WHOLE = 307_200
+"""Tokens of the plan recipe's runs."""
 RATES = {
     ("gemma3", "plan"): 0.016,
     ("gpt2", "plan"): 0.003,
@@ -126,10 +129,8 @@ RATES = {
 }
 """Learning rate of AdamW where the recipe has one of its own: the best of those tried (docs/recipe.md)."""
 MATRIX_RATE = 0.02
-LENGTHS = {"plan": (1.0,), "proportional": (0.6,), "mixed": (0.6,), "default": (0.3, 0.2)}
+LENGTHS = {"plan": (1.0,), "proportional": (0.6,), "mixed": (0.6,), "default": (0.3, 0.2, 0.15)}
 """Lengths of the runs that are done where none is given, as shares of the plan recipe's tokens."""
-QUICK_LENGTHS = {"plan": (1.0,), "proportional": (1.2,), "mixed": (1.2,), "default": (0.3, 0.2, 0.1)}
-"""The same of `--quick`, whose plan runs are half as long."""
 TOKENIZERS = {"mixed": 0.3}
 """n^this of the languages' bytes makes the recipe's tokenizer: `ekiden tokenizer train`'s own for Ekiden's mixture."""
 TOKENIZER = 0.5
@@ -425,11 +426,10 @@ def numbers(text: str) -> list[float]:
 
 def chosen_runs(options: argparse.Namespace, more: tuple[tuple[str, str], ...]) -> list[Run]:
     """Return the runs that the options ask for, the plan's first: everything else is compared with them."""
-    whole, shares = (153_600, QUICK_LENGTHS) if options.quick else (307_200, LENGTHS)
     runs = []
     for seed in [1.0] if options.quick else options.seeds:
-        for recipe in options.recipe or shares:
-            lengths = options.tokens or [share * whole for share in shares.get(recipe, (0.3,))]
+        for recipe in options.recipe or LENGTHS:
+            lengths = options.tokens or [share * WHOLE for share in LENGTHS.get(recipe, (0.3,))]
             tokenizer = options.tokenizer_temperature or TOKENIZERS.get(recipe, TOKENIZER)
             for family in options.family or SHAPES:
                 rates = options.rates or [RATES.get((family, recipe), MATRIX_RATE)]
@@ -458,7 +458,7 @@ def main() -> None:
     parser.add_argument("--corpus", required=True, help="folder with a sub-folder a language")
     parser.add_argument("--folder", type=Path, required=True, help="shards, runs and results")
     parser.add_argument(
-        "--quick", action="store_true", help="one seed, half the tokens: for 2 cores and a quarter of an hour"
+        "--quick", action="store_true", help="seed 1 alone: for 2 cores and a quarter of an hour"
     )
     parser.add_argument("--report", action="store_true", help="train nothing")
     parser.add_argument("--family", choices=list(SHAPES), action="append")
