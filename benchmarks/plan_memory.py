@@ -94,11 +94,12 @@ def main() -> None:
         "torch": torch.__version__,
         "import_cpu_s": round(imports, 2),
     }
+    on_cpu = device.type == "cpu" and not options.only_trace
     began = time.process_time()
     if not options.only_trace:
         result["measured_bytes"] = measured_peak(config, options.vocab_size, precision, device)
         began = time.process_time()
-    peak = traced_peak(config, options.vocab_size, precision, config.batch_size)
+    peak = traced_peak(config, options.vocab_size, precision, config.batch_size, on_cpu)
     result |= {
         "trace_cpu_s": round(time.process_time() - began, 2),
         "predicted_bytes": peak.total,
@@ -107,7 +108,7 @@ def main() -> None:
     }
     if options.full:
         began = time.process_time()
-        full = fully_traced_peak(config, options.vocab_size, precision, config.batch_size)
+        full = fully_traced_peak(config, options.vocab_size, precision, config.batch_size, on_cpu)
         result |= {"full_trace_cpu_s": round(time.process_time() - began, 2), "same": full == peak}
     if not options.only_trace:
         # On a CPU the host's memory is the device's.

@@ -3,10 +3,11 @@
     python benchmarks/plan_ranks.py [--cases gpt2-10m:16000:8:2:fp32:adamw ...] [--set field=value ...]
 
 A case is PRESET:VOCABULARY:MICROBATCH:RANKS:PRECISION:OPTIMIZER. Its ranks are forked processes that divide the model with
-FSDP over gloo and do steps of two microbatches; each one's growth at its worst in the second step (Linux, VmHWM), with the C
-library told to give memory back at once. `gloo`: as it is; gloo reduces in copies of its own, which a GPU's NCCL does not
-make. `measured`: the same step with the exchanges left out, so that the sums are wrong and the memory is FSDP's alone.
+FSDP over gloo and do steps of two microbatches; measured is what each one had grown by at its worst in the second step (Linux,
+VmHWM), with the C library told to give memory back at once. (A run without the exchanges would be no measure: what is
+gathered into is then never written to, and memory that was not written to is none.)
 
+The plan is of a GPU's rank, so Ekiden's own kernels are left out of the ranks: give EKIDEN_KERNEL=0 where the CPU has AVX-512.
 Weights are drawn whole on every rank before they are divided, as a run does: a machine needs memory for that. The last
 line is one JSON object.
 """
@@ -57,8 +58,8 @@ def resident(line: str) -> int:
     return int(Path("/proc/self/status").read_text().split(f"{line}:")[1].split()[0]) * 1024
 
 
-def measured_peaks(config: TrainConfig, vocab_size: int, precision: Precision, world: int) -> dict[str, int]:
-    """Return the bytes that this rank really took at its worst moment, with gloo's and without."""
+def measured_peak(config: TrainConfig, vocab_size: int, precision: Precision, world: int) -> int:
+    """Return the bytes that this rank really took at its worst moment."""
     mesh = init_device_mesh("cpu", (world,))
     model, optimizer = built(config, 256, precision, mesh)
     step(model, optimizer, config, precision, 1)  # libraries and connections are none of the model's memory
@@ -67,23 +68,11 @@ def measured_peaks(config: TrainConfig, vocab_size: int, precision: Precision, w
     before = resident("VmRSS")
     model, optimizer = built(config, vocab_size, precision, mesh)
     step(model, optimizer, config, precision, config.batch_size)
-    found = {}
-    for name in ("gloo", "measured"):
-        if name == "measured":
-            without_exchanges()
-        gc.collect()
-        dist.barrier()
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-        step(model, optimizer, config, precision, config.batch_size)
-        found[name] = resident("VmHWM") - before
-    return found
-
-
-def without_exchanges() -> None:
-    """Let FSDP gather and reduce nothing from here on."""
-    names = ("all_gather_into_tensor", "reduce_scatter_tensor", "all_gather_single", "reduce_scatter_single")
-    for name in names:  # the last two are torch 2.13's
-        setattr(dist, name, lambda *_arguments, **_settings: None)
+    gc.collect()
+    dist.barrier()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    step(model, optimizer, config, precision, config.batch_size)
+    return resident("VmHWM") - before
 
 
 def built(config: TrainConfig, vocab_size: int, precision: Precision, mesh: Any) -> tuple[Any, Any]:
@@ -109,13 +98,11 @@ def rank_main(rank: int, world: int, port: int, place: Path, *of_the_step: Any) 
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
-    (place / str(rank)).write_text(json.dumps(measured_peaks(*of_the_step, world)))
+    (place / str(rank)).write_text(json.dumps(measured_peak(*of_the_step, world)))
     dist.barrier()
 
 
-def real_ranks(
-    config: TrainConfig, vocab_size: int, precision: Precision, world: int
-) -> list[dict[str, int]]:
+def real_ranks(config: TrainConfig, vocab_size: int, precision: Precision, world: int) -> list[int]:
     """Return what each of `world` forked ranks took."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -145,21 +132,17 @@ def settings(case: str, changes: dict[str, str]) -> tuple[TrainConfig, int, Prec
     return config, int(vocabulary), named_precision(name), int(ranks)
 
 
-def row(case: str, changes: dict[str, str], real: list[dict[str, int]]) -> dict[str, Any]:
+def row(case: str, changes: dict[str, str], real: list[int]) -> dict[str, Any]:
     """Return predicted and measured bytes of a case."""
     config, vocab_size, precision, world = settings(case, changes)
     peak = sharded_peak(config, vocab_size, precision, config.batch_size, world)
-    most = {kind: max(rank[kind] for rank in real) for kind in real[0]}
     return {
         "case": case,
         "predicted_mb": round(peak.total / 1e6, 1),
         "during": peak.during,
         "parts_mb": {part: round(size / 1e6, 1) for part, size in peak.parts.items()},
-        "measured_mb": round(most["measured"] / 1e6, 1),
-        "gloo_mb": round(most["gloo"] / 1e6, 1),
-        "ranks_mb": [round(rank["measured"] / 1e6, 1) for rank in real],
-        "predicted_over_measured": round(peak.total / most["measured"], 3),
-        "predicted_over_gloo": round(peak.total / most["gloo"], 3),
+        "measured_mb": [round(size / 1e6, 1) for size in real],
+        "predicted_over_measured": round(peak.total / max(real), 3),
     }
 
 

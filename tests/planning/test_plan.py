@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import shlex
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
@@ -11,9 +15,11 @@ from ekiden.cli import cli
 from ekiden.config import TrainConfig, build_config
 from ekiden.errors import UsageError, UserError
 from ekiden.modeling.flops import flops_per_token
+from ekiden.planning import fitting, sharded
 from ekiden.planning.devices import GIB, NAMES, PARALLEL_SHARE, find_machine
 from ekiden.planning.plan import make_plan
 from ekiden.planning.trace import Peak
+from ekiden.tokenizer.load import load_tokenizer
 
 
 def tracer(config: TrainConfig, vocab_size: int, _precision: object, microbatch: int) -> Peak:
@@ -30,8 +36,8 @@ def tracer(config: TrainConfig, vocab_size: int, _precision: object, microbatch:
 
 
 def plan(device: str, vocab_size: int = 20_000, preset: str = "gemma3-1b", **more: object):
-    own = {name: more.pop(name) for name in ("tokens", "disk_bytes") if name in more}
-    return make_plan(build_config(preset, **more), vocab_size, device, tracer=tracer, **own)
+    own = {name: more.pop(name) for name in ("tokens", "disk_bytes", "tracer") if name in more}
+    return make_plan(build_config(preset, **more), vocab_size, device, **{"tracer": tracer, **own})
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n != "p100"])
@@ -114,7 +120,11 @@ def test_disk() -> None:
     made = plan("t4", max_checkpoints=4)
     assert made.checkpoint_bytes == 12 * parameters
     assert made.run_bytes == 5 * 12 * parameters + 8 * parameters
-    assert "TOO MUCH of 20.0 GB for even 2 checkpoints" in made.text()
+    told = " ".join(made.text().split())
+    assert "TOO MUCH of 20.0 GB: --max-checkpoints 2, the fewest, takes 31.8 GB" in told
+    assert "choose a smaller preset or have a larger disk (--mirror copies checkpoints" in told
+    adamw = " ".join(plan("t4", optimizer="adamw").text().split())
+    assert "with --optimizer-moments 8bit it takes 18.8 GB" in adamw
     assert "give --max-checkpoints 3" in plan("a10g", disk_bytes=41 * 10**9).text()
     assert "TOO MUCH" not in plan("a10g", disk_bytes=60 * 10**9).text()
 
@@ -207,14 +217,117 @@ def test_nothing_is_traced_where_weights_and_gradients_are_too_much() -> None:
 
     made = make_plan(build_config("gemma3-1b"), 1_200_000, "t4", tracer=counted)
     assert len(traces) == 1 and made.change is None
-    assert "choose a smaller preset or a device with more memory" in " ".join(made.text().split())
+    assert "choose a smaller preset or --vocab-size, or a device" in " ".join(made.text().split())
 
 
 def test_the_next_command_is_said() -> None:
     assert "ekiden train gemma3-1b --dataset-path SHARDS --output-dir RUN" in plan("h100").text()
     assert "ekiden kaggle relay gpt2-10m --corpus YOU/CORPUS-1" in plan_of_ten_million("t4").text()
-    own = " ".join(plan("h100", max_length=1024, batch_size=2).text().split())
-    assert "--output-dir RUN --max-length 1024 --batch-size 2" in own
+    own = plan("h100", max_length=1024, batch_size=2).as_dict()["next"]
+    assert own.endswith("--output-dir RUN --max-length 1024 --batch-size 2")
     changed = " ".join(fed_back("t4x2", 20_000, "gemma3-1b")[0].text().split())
     assert "where my.yaml says `preset: gemma3-1b`" in changed
     assert "next" not in plan("t4", vocab_size=400_000).text()
+
+
+AUTOMATIC = {"batch_size": "auto", "global_batch_size": 16}
+
+
+def test_where_no_automatic_microbatch_fits_the_smallest_is_what_is_shown() -> None:
+    # 16 samples would be 48 GiB, one 2.4 + 9.7 + 3 of which 1.5 and 2 are saved.
+    made = plan("t4", vocab_size=500_000, **AUTOMATIC)
+    assert not made.fits and made.change is None and made.config.batch_size == 1
+    assert made.peak.total == tracer(made.config, 500_000, None, 1).total
+    assert "with 1 x 2048 tokens" in made.text()
+
+
+def test_the_smallest_setting_is_named_with_what_it_takes() -> None:
+    made = make_plan(build_config("gemma3-1b", **AUTOMATIC), 220_000, "t4", tracer=saving)
+    assert not made.fits and made.change is None
+    assert "with 1 x 2048 tokens and --activation-checkpointing" in " ".join(made.text().split())
+    assert made.least_bytes == made.peak.total > made.machine.usable_bytes
+
+
+@pytest.mark.parametrize("device", [n for n in NAMES if n != "p100"])
+def test_no_line_ends_between_a_number_and_its_unit(device: str) -> None:
+    for vocab_size in (20_000, 260_000):
+        for more in ({}, {"tokens": 10**9}, AUTOMATIC):
+            text = plan(device, vocab_size, **more).text().split("recipe: ")[0]
+            for before, after in pairwise(text.splitlines()):
+                first = after.split()[0]
+                assert first not in ("GiB", "MiB", "GB", "MB", "tokens", "sessions", "a", "x"), text
+                assert before.split()[-1] not in ("--batch-size", "--max-checkpoints", "--devices"), text
+
+
+def test_the_command_that_is_named_is_the_run_that_was_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fitting, "is_sharded", lambda _config, _vocabulary, machine: machine.count > 1)
+    monkeypatch.setattr("ekiden.planning.plan.is_sharded", fitting.is_sharded)
+    started: list[TrainConfig] = []
+
+    def train(config: TrainConfig) -> SimpleNamespace:
+        started.append(config)
+        return SimpleNamespace()
+
+    monkeypatch.setattr("ekiden.training.loop.train", train)
+    for settings in ({}, AUTOMATIC, {"batch_size": 9, "max_length": 1024, "max_steps": 70}):
+        made = plan("a10gx4", tracer=saving, **settings)
+        lines = made.text().split("recipe: ")[0].split("next ")[1].strip()
+        program, *arguments = shlex.split(lines.replace("\\\n", " "))
+        assert shlex.join([program, *arguments]) == made.as_dict()["next"] and program == "ekiden"
+        done = CliRunner().invoke(cli, arguments, catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        config = started.pop()
+        assert config.devices == 4 and config.max_steps == made.asked.max_steps
+        assert config.batch_size == made.microbatch > 0
+        again = plan("a10gx4", tracer=saving, **{**settings, **(made.change or {})})
+        assert again.fits and again.microbatch == made.microbatch
+
+
+def test_a_step_in_shards_that_cannot_be_traced_is_estimated(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4}
+    config = build_config("gpt2-10m", **small, parallel="fsdp", batch_size=2, max_length=64)
+    traced = make_plan(config, 2000, "t4x2")
+    assert traced.sharded and not traced.peak.estimated and "ESTIMATED" not in traced.text()
+
+    def gone(*_: object) -> None:
+        raise AttributeError("module has no attribute 'fully_shard'")
+
+    monkeypatch.setattr(sharded, "shard_model", gone)
+    sharded._microbatch.cache_clear()
+    made = make_plan(config, 2000, "t4x2")
+    told = " ".join(made.text().split())
+    assert "ESTIMATED" in told and "AttributeError: module has no attribute 'fully_shard'" in told
+    assert made.peak.total == pytest.approx(traced.peak.total, rel=0.2)
+
+
+@pytest.mark.parametrize("tiny_tokenizer_path", ["bpe"], indirect=True)
+def test_what_says_the_same_twice_is_refused(tiny_tokenizer_path: Path) -> None:
+    def refused(*arguments: str) -> str:
+        with pytest.raises(UsageError) as error:
+            CliRunner().invoke(cli, ["plan", "gpt2-10m", *arguments], catch_exceptions=False)
+        return str(error.value)
+
+    assert "--tokens and --max-steps both say" in refused("--tokens", "1B", "--max-steps", "10")
+    assert "--tokens and --text both say" in refused("--tokens", "1B", "--text", "1GB")
+    assert "both say how many pieces" in refused(
+        "--vocab-size", "300", "--tokenizer", str(tiny_tokenizer_path)
+    )
+    assert "did you mean 'a10g'" in refused("--device", "cpu", "--device", "a10")
+
+
+@pytest.mark.parametrize("tiny_tokenizer_path", ["bpe"], indirect=True)
+def test_the_vocabulary_may_be_a_tokenizers(tiny_tokenizer_path: Path) -> None:
+    shape = "--hidden-size 32 --num-attention-heads 2 --num-key-value-heads 2 --num-hidden-layers 1 --max-length 16"
+    arguments = [
+        "plan",
+        "gpt2-10m",
+        "--device",
+        "t4",
+        "--json",
+        "--tokenizer",
+        str(tiny_tokenizer_path),
+        *shape.split(),
+    ]
+    result = CliRunner().invoke(cli, arguments, catch_exceptions=False)
+    made = json.loads(result.stdout.splitlines()[-1])
+    assert made["vocab_size"] == load_tokenizer(tiny_tokenizer_path).vocab_size

@@ -44,8 +44,7 @@ def measured(*arguments: str) -> dict:
         check=True,
         capture_output=True,
         text=True,
-        # The plan knows PyTorch's kernels only; those of our own need 8 % less with windows.
-        env={**os.environ, "OMP_NUM_THREADS": "1", "EKIDEN_KERNEL": "0"},
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     ).stdout
     return json.loads(output.splitlines()[-1])
 
@@ -67,6 +66,30 @@ def test_the_prediction_is_what_a_step_takes(preset: str, shape: str) -> None:
     )
     assert result["measured_bytes"] > 100e6
     assert 0.93 < result["predicted_over_measured"] < 1.07
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("case", ["gpt2-10m:8000:8:2:fp32:adamw", "gemma3-tiny:8000:8:4:fp32:muon"])
+def test_the_prediction_is_what_a_rank_in_shards_takes(case: str) -> None:
+    benchmark = BENCHMARK.with_name("plan_ranks.py")
+    output = subprocess.run(
+        [sys.executable, benchmark, "--cases", case, "--set", "max_length=128"],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "EKIDEN_KERNEL": "0"},
+    ).stdout
+    row = json.loads(output.splitlines()[-1])["rows"][0]
+    assert 0.93 < row["predicted_over_measured"] < 1.07
+
+
+def test_what_fsdp_gathers_is_counted() -> None:
+    config = small("gpt2-10m", hidden_size=256, num_hidden_layers=3, max_length=8)
+    peak = sharded.sharded_peak(config, 8000, FP32, 1, 4)
+    standing = sum(peak.parts[name] for name in ("weights", "gradients", "optimizer"))
+    # The embedding, whole, and its gradient twice: as the loss makes it, and laid out to be reduced.
+    assert peak.total - standing > 3 * 4 * peak.embedding
 
 
 @pytest.mark.gpu

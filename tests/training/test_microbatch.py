@@ -59,7 +59,7 @@ def test_the_largest_that_fits(
 def test_the_prediction_is_what_a_plan_traces(monkeypatch: pytest.MonkeyPatch) -> None:
     traced: dict[int, trace.Peak] = {}
 
-    def once(config: TrainConfig, vocab_size: int, precision: Precision, size: int) -> trace.Peak:
+    def once(config: TrainConfig, vocab_size: int, precision: Precision, size: int, *_: bool) -> trace.Peak:
         if size not in traced:
             traced[size] = traced_peak(config, vocab_size, precision, size)
         return traced[size]

@@ -103,6 +103,9 @@ def train(recipe: str | None, list_presets: bool, **settings: Any) -> None:
     "--vocab-size", type=int, help="Pieces; without it the tokenizer of --dataset-path counts, else 16,000."
 )
 @click.option(
+    "--tokenizer", default="", help="Tokenizer whose pieces count: a .model file, a folder or a hub id."
+)
+@click.option(
     "--tokens", type=CountType(), help="Tokens of the whole run, as 1B; without it max_steps counts."
 )
 @click.option(
@@ -123,7 +126,7 @@ def plan(recipe: str | None, **options: Any) -> None:
     """
     own = {
         name: options.pop(name)
-        for name in ("plan_devices", "vocab_size", "tokens", "text", "disk", "as_json")
+        for name in ("plan_devices", "vocab_size", "tokenizer", "tokens", "text", "disk", "as_json")
     }
     config = build_config(
         recipe, **{name: value for name, value in options.items() if value not in (None, ())}
@@ -131,5 +134,6 @@ def plan(recipe: str | None, **options: Any) -> None:
     from ekiden.planning.plan import plans
 
     devices = own["plan_devices"] or ("cpu",)
-    for made in plans(config, devices, own["vocab_size"], own["tokens"], own["disk"], own["text"]):
+    asked = (own[name] for name in ("vocab_size", "tokens", "disk", "text", "tokenizer"))
+    for made in plans(config, devices, *asked):
         click.echo(json.dumps(made.as_dict()) if own["as_json"] else made.text() + "\n")

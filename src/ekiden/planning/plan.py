@@ -7,37 +7,23 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
-from ekiden.config import TrainConfig, validate
-from ekiden.config_checks import AUTO
+from ekiden.config import TrainConfig
 from ekiden.errors import UsageError
-from ekiden.modeling.device import Precision, named_precision
+from ekiden.modeling.device import named_precision
 from ekiden.modeling.flops import flops_per_token
 from ekiden.planning.devices import PARALLEL_SHARE, Machine, find_machine, machine_flops
-from ekiden.planning.trace import Peak, meta_counts, traced_peak
-from ekiden.planning.words import flags, plan_text
-from ekiden.progress import say
+from ekiden.planning.fitting import Tracer, find_settings, is_sharded, on_machine
+from ekiden.planning.trace import Peak
+from ekiden.planning.words import next_command, plan_text
+from ekiden.tokenizer.load import load_tokenizer
 from ekiden.tokens.format import TokenDataset
 from ekiden.training.order import steps_of_epochs
-from ekiden.training.sharding import is_divided_by_itself
 from ekiden.values import parse_bytes, parse_duration
 
-Tracer = Callable[[TrainConfig, int, Precision, int], Peak]
-
-REMEDIES: tuple[dict[str, Any], ...] = (
-    {},
-    {"activation_checkpointing": True},
-    {"activation_checkpointing": True, "optimizer_moments": "bf16"},
-    {"activation_checkpointing": True, "optimizer_moments": "8bit"},
-    {"activation_checkpointing": True, "cpu_offload": True},
-)
-"""Settings that make room, in the order they are tried, each also with smaller microbatches: first what changes no
-result, then what changes its last digits, then what is slow."""
-BATCH = ("batch_size", "gradient_accumulation_steps")
 RECOMPUTED = 4 / 3
 """Arithmetic of a step whose activations are computed twice: forward, forward again, and a backward pass of two."""
 DEFAULT_VOCABULARY = 16_000
@@ -50,7 +36,7 @@ class Plan:
     """What a run needs. Bytes, seconds; a change is {setting: value}; None: not known or not needed.
 
     least_bytes: the smallest peak that was found with any settings. asked: the settings as they were given; `config` says
-    what one device does.
+    what one device does where `peak` was seen. microbatch: with the change.
     says_recipe: whether `text` ends with the recipe, which is the same on every device.
     """
 
@@ -71,6 +57,7 @@ class Plan:
     session_seconds: float | None
     least_bytes: int
     asked: TrainConfig
+    microbatch: int
     sharded: bool = False
     says_recipe: bool = True
 
@@ -102,16 +89,19 @@ class Plan:
             "parameters": self.parameters,
             "block_parameters": self.peak.blocks,
             "embedding_parameters": self.peak.embedding,
-            "microbatch": self.config.batch_size,
+            "microbatch": self.microbatch,
+            "peak_microbatch": self.config.batch_size,
             "peak_bytes": self.peak.total,
             "peak_parts": self.peak.parts,
             "peak_during": self.peak.during,
+            "peak_estimated": self.peak.estimated,
             "host_bytes": self.peak.host,
             "usable_bytes": self.machine.usable_bytes,
             "sharded": self.sharded,
             "fits": self.fits,
             "change": self.change,
             "changed_peak_bytes": self.changed_peak.total if self.changed_peak else None,
+            "least_bytes": self.least_bytes,
             "tokens_per_second": self.tokens_per_second,
             "efficiency": self.efficiency,
             "efficiency_basis": self.machine.basis,
@@ -121,6 +111,7 @@ class Plan:
             "checkpoint_bytes": self.checkpoint_bytes,
             "run_bytes": self.run_bytes,
             "disk_bytes": self.disk_bytes,
+            "next": next_command(self),
         }
 
     def text(self) -> str:
@@ -146,76 +137,45 @@ def make_plan(
         UserError, UsageError: no such machine, or nothing that PyTorch runs on; no such precision there.
     """
     machine = find_machine(device)
-    asked, samples = config, config.samples_per_step(machine.count)
-    config = on_each_device(config, machine.count)
+    each = on_each_device(config, machine.count)
     precision = named_precision(machine.precision if config.precision == "auto" else config.precision)
     flops = machine_flops(machine, precision)
-    tracer = tracer or on_machine(machine)
-    say(f"tracing a step of {config.batch_size} x {config.max_length} tokens")
-    peak = tracer(config, vocab_size, precision, config.batch_size)
-    found = Change({}, peak, peak.total)
-    if peak.total > machine.usable_bytes:
-        found = smallest_change(config, vocab_size, precision, machine, peak, tracer)
-    if asked.batch_size == AUTO and found.peak and found.settings:
-        # A smaller microbatch is what was asked for, and no change.
-        size = {name: found.settings.pop(name) for name in BATCH if name in found.settings}
-        config = dataclasses.replace(config, **size)
-        peak = peak if found.settings else found.peak
-    fits = found.peak is not None and not found.settings
-    final = dataclasses.replace(config, **found.settings)
-    parameters = peak.blocks + peak.embedding
-    efficiency = machine.mfu(parameters)
-    count = machine.count * (PARALLEL_SHARE if machine.count > 1 else 1)
-    again = RECOMPUTED if final.activation_checkpointing else 1
-    rate = count * flops * efficiency / (flops_per_token(final, parameters) * again)
-    if tokens is None and config.max_steps:
-        tokens = config.max_steps * samples * config.max_length
-    moments = moment_bytes(final, found.peak or peak)
+    found = find_settings(config, each, vocab_size, precision, machine, tracer or on_machine(machine))
+    final, parameters = found.final, found.peak.blocks + found.peak.embedding
     sharded = is_sharded(final, vocab_size, machine)
-    checkpoint = 4 * parameters + moments * (machine.count if sharded else 1)
+    if tokens is None and config.max_steps:
+        tokens = config.max_steps * config.samples_per_step(machine.count) * config.max_length
+    moments = moment_bytes(final, found.changed_peak or found.peak) * (machine.count if sharded else 1)
+    checkpoint = 4 * parameters + moments
     return Plan(
-        config,
-        vocab_size,
-        machine,
-        precision.name,
-        peak,
-        fits,
-        as_asked(found.settings, asked) if found.peak and not fits else None,
-        found.peak if not fits else None,
-        rate,
-        efficiency,
-        tokens,
-        checkpoint,
+        config=found.config,
+        vocab_size=vocab_size,
+        machine=machine,
+        precision=precision.name,
+        peak=found.peak,
+        fits=found.fits,
+        change=as_asked(found.change, config) if found.changed_peak else None,
+        changed_peak=found.changed_peak,
+        tokens_per_second=speed(final, parameters, machine, flops),
+        efficiency=machine.mfu(parameters),
+        tokens=tokens,
+        checkpoint_bytes=checkpoint,
         # The new one is durable before the oldest goes; best/ and final_model/ are weights.
-        (config.max_checkpoints + 1) * checkpoint + 8 * parameters,
-        disk_bytes if disk_bytes is not None else machine.disk_bytes,
-        parse_duration(config.max_time, "--max-time") or machine.session_seconds,
-        found.least,
-        asked,
-        sharded,
+        run_bytes=(config.max_checkpoints + 1) * checkpoint + 8 * parameters,
+        disk_bytes=disk_bytes if disk_bytes is not None else machine.disk_bytes,
+        session_seconds=parse_duration(config.max_time, "--max-time") or machine.session_seconds,
+        least_bytes=found.least,
+        asked=config,
+        microbatch=final.batch_size,
+        sharded=sharded,
     )
 
 
-def on_machine(machine: Machine) -> Tracer:
-    """Return what traces a step on one of the machine's devices: with whole weights, or shards where a run would shard."""
-
-    def trace(config: TrainConfig, vocab_size: int, precision: Precision, microbatch: int) -> Peak:
-        if machine.count > 1 and is_sharded(config, vocab_size, machine):
-            from ekiden.planning.sharded import sharded_peak  # 1.5 s of imports that one device needs not
-
-            return sharded_peak(config, vocab_size, precision, microbatch, machine.count)
-        return traced_peak(config, vocab_size, precision, microbatch)
-
-    return trace
-
-
-def is_sharded(config: TrainConfig, vocab_size: int, machine: Machine) -> bool:
-    """Return whether a run on all devices of `machine` divides the weights among them, as `training.sharding` decides."""
-    if machine.count == 1 or config.parallel == "ddp":
-        return False
-    if config.parallel == "fsdp":
-        return True
-    return is_divided_by_itself(config, sum(meta_counts(config, vocab_size)), machine.total_bytes)
+def speed(config: TrainConfig, parameters: int, machine: Machine, flops: float) -> float:
+    """Return the tokens a second of all devices together, of which each makes `flops` at its peak."""
+    count = machine.count * (PARALLEL_SHARE if machine.count > 1 else 1)
+    again = RECOMPUTED if config.activation_checkpointing else 1
+    return count * flops * machine.mfu(parameters) / (flops_per_token(config, parameters) * again)
 
 
 def as_asked(change: dict[str, Any], asked: TrainConfig) -> dict[str, Any]:
@@ -248,17 +208,32 @@ def plans(
     tokens: int | None,
     disk: str,
     text: str = "",
+    tokenizer: str = "",
 ) -> Iterator[Plan]:
     """Yield a plan for each of `devices`, as `ekiden plan` was asked.
 
     Args:
-        vocab_size: None: the tokenizer's of `config.dataset_path`, or 16,000. disk: bytes as 100GB; empty: unknown.
+        vocab_size: None: that of `tokenizer` (a file, folder or hub id), else the tokenizer's of `config.dataset_path`,
+            else 16,000. disk: bytes as 100GB; empty: unknown.
         tokens: None: as `config.max_steps` says, else what `text` (bytes as 20GB) may hold, else the shards' epochs.
 
     Raises:
-        UserError, UsageError: as `make_plan`; or there are no shards at `dataset_path`.
+        UserError, UsageError: as `make_plan`; there are no shards at `dataset_path`, or two settings say the same.
     """
+    devices = list(devices)
+    for device in devices:  # before a minute's work for the others
+        find_machine(device)
+    lengths = {"--tokens": tokens, "--text": text, "--max-steps": config.max_steps}
+    given = [name for name, value in lengths.items() if value]
+    if len(given) > 1:
+        raise UsageError(f"{' and '.join(given)} both say how long the run is; give one of them")
+    if tokens is not None and tokens < 1:
+        raise UsageError("--tokens must be at least 1")
+    if tokenizer and vocab_size is not None:
+        raise UsageError("--tokenizer and --vocab-size both say how many pieces there are; give one of them")
     room = parse_bytes(disk, "--disk")
+    if tokenizer:
+        vocab_size = load_tokenizer(tokenizer).vocab_size
     if tokens is None and text:
         tokens = int((parse_bytes(text, "--text") or 0) / BYTES_PER_TOKEN * (config.epochs or 1))
     if config.dataset_path:
@@ -274,79 +249,8 @@ def plans(
         yield made
 
 
-@dataclass
-class Change:
-    """The settings that make a run fit and their peak (None: none do), and the smallest peak that was seen."""
-
-    settings: dict[str, Any]
-    peak: Peak | None
-    least: int
-
-
-def smallest_change(
-    config: TrainConfig, vocab_size: int, precision: Precision, machine: Machine, whole: Peak, tracer: Tracer
-) -> Change:
-    """Return the first settings of REMEDIES that fit with some microbatch, and the largest such microbatch.
-
-    The peak is nearly a straight line in the microbatch, so its two ends tell where to look, and the answer is traced
-    itself. Where weights and gradients alone are too much nothing helps, and nothing is traced.
-    """
-    smallest = whole.total
-    if machine.count == 1 and whole.parts["weights"] + whole.parts["gradients"] > machine.usable_bytes:
-        return Change({}, None, whole.parts["weights"] + whole.parts["gradients"])
-    for remedy in REMEDIES:
-        if not is_possible(config, remedy):
-            continue
-        changed = dataclasses.replace(config, **remedy)
-        say(f"tracing with {flags(remedy) or 'smaller microbatches'}")
-        least = tracer(changed, vocab_size, precision, 1)
-        smallest = min(smallest, least.total)
-        if least.total > machine.usable_bytes:
-            continue
-        microbatch, peak = config.batch_size, whole
-        if remedy and microbatch > 1:
-            peak = tracer(changed, vocab_size, precision, microbatch)
-        slope = (peak.total - least.total) / max(1, microbatch - 1)
-        while microbatch > 1:
-            if least.total + slope * (microbatch - 1) <= machine.usable_bytes:
-                peak = tracer(changed, vocab_size, precision, microbatch)
-                if peak.total <= machine.usable_bytes:
-                    break
-            microbatch //= 2
-        change = batch_change(config, microbatch)
-        if change.get("batch_size", microbatch) != microbatch:  # a size that divides the global batch
-            peak = tracer(changed, vocab_size, precision, change["batch_size"])
-        return Change({**remedy, **change}, peak if microbatch > 1 else least, smallest)
-    return Change({}, None, smallest)
-
-
-def is_possible(config: TrainConfig, remedy: dict[str, Any]) -> bool:
-    """Return whether the settings go together with this one, and their packages are installed."""
-    if remedy and all(getattr(config, name) == value for name, value in remedy.items()):
-        return False
-    if config.parallel == "fsdp" and {"optimizer_moments", "cpu_offload"} & set(remedy):
-        return False
-    if "8bit" in remedy.values() and find_spec("bitsandbytes") is None:
-        return False
-    try:
-        validate(dataclasses.replace(config, **remedy))
-    except UsageError:
-        return False
-    return True
-
-
 def moment_bytes(config: TrainConfig, peak: Peak) -> int:
     """Return the bytes of the optimizer's state in a checkpoint."""
     if config.cpu_offload:  # beside copies of weights and gradients, which no checkpoint holds
         return peak.host - 8 * (peak.blocks + peak.embedding)
     return peak.parts["optimizer"]
-
-
-def batch_change(config: TrainConfig, microbatch: int) -> dict[str, Any]:
-    """Return the settings of a smaller microbatch with the same global batch; of the same one: nothing."""
-    if microbatch == config.batch_size:
-        return {}
-    while config.batch_size * config.gradient_accumulation_steps % microbatch:
-        microbatch -= 1
-    accumulation = config.batch_size * config.gradient_accumulation_steps // microbatch
-    return {"batch_size": microbatch, "gradient_accumulation_steps": accumulation}

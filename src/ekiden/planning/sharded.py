@@ -40,6 +40,7 @@ from ekiden.planning.trace import (
     OF_THE_UPDATE,
     Peak,
     Update,
+    attention_of,
     beside_the_one_before,
     keep_few_blocks,
     make_ready,
@@ -82,7 +83,7 @@ def fully_sharded_peak(
     counts = parameter_counts(model)
     ledger = Ledger()
     with _one_of(world) as mesh, without_data():
-        make_ready(model, config, precision)
+        make_ready(model, config, precision, attention_of(model, config, precision))
         shard_model(model, mesh, precision)
         for tensor in [*model.parameters(), *model.buffers()]:
             ledger.add(tensor, "weights")
@@ -121,7 +122,8 @@ def _microbatch(text: str, vocab_size: int, precision: str, microbatch: int, wor
     like = keep_few_blocks(model, first=3, last=2)
     ledger = Ledger()
     with _one_of(world) as mesh, without_data():
-        make_ready(model, config, named_precision(precision))
+        arithmetic = named_precision(precision)
+        make_ready(model, config, arithmetic, attention_of(model, config, arithmetic))
         shard_model(model, mesh, named_precision(precision))
         for tensor in [*model.parameters(), *model.buffers()]:
             ledger.add(tensor, "weights")

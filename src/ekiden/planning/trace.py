@@ -7,8 +7,8 @@ of each kind and the last one, and what they did is played back for all. `fully_
 minute for the largest models; tests hold one against the other.
 
 What neither can see: the CUDA context, cuBLAS workspaces and what the allocator loses to fragments (`planning.devices`
-keeps room for them), and the kernels of another device: attention is traced as the CPU's, which like the GPU's
-memory-efficient kernels keeps one number a row.
+keeps room for them), and the kernels of another device: for a GPU attention is traced as PyTorch's on a CPU, which like
+the GPU's memory-efficient kernels keeps one number a row. For this machine's CPU it is traced as training chooses it there.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
 from ekiden.config import TrainConfig
-from ekiden.modeling.attention import document_boundary
-from ekiden.modeling.attention_choice import planned_attention
+from ekiden.modeling.attention import Attention, document_boundary
+from ekiden.modeling.attention_choice import choose_attention, planned_attention
 from ekiden.modeling.build import blocks, body, build_model, parameter_counts
 from ekiden.modeling.device import Precision, named_precision
 from ekiden.modeling.prepare import prepare_model
@@ -66,7 +66,7 @@ class Peak:
         total: all of them. parts: by owner: weights, gradients, optimizer (moments), and what the forward pass, the
             backward pass and the update made for themselves (activations and logits are the forward pass's).
         during: the phase of that moment. host: bytes that `cpu_offload` keeps in the host's memory instead.
-        blocks, embedding: parameters.
+        blocks, embedding: parameters. estimated: why the step could not be traced as it is; empty: it was.
     """
 
     total: int
@@ -75,6 +75,7 @@ class Peak:
     host: int
     blocks: int
     embedding: int
+    estimated: str = ""
 
 
 @dataclass(frozen=True)
@@ -87,17 +88,22 @@ class Update:
     embedding: int
 
 
-def traced_peak(config: TrainConfig, vocab_size: int, precision: Precision, microbatch: int) -> Peak:
+def traced_peak(
+    config: TrainConfig, vocab_size: int, precision: Precision, microbatch: int, on_cpu: bool = False
+) -> Peak:
     """Return the peak of a step with `microbatch` samples of `config.max_length` tokens, on one device.
 
     A step's first microbatches need less than its last, which stands beside gradients and moments, and an evaluation
     less than a training pass, which makes gradients of the output matrix as well: neither is run.
 
+    Args:
+        on_cpu: with the kernels that training would choose on this machine's CPU, and not a GPU's.
+
     Raises:
         UsageError: settings of which no model can be built.
     """
     update = _update(settings_text(config, OF_THE_MICROBATCH), vocab_size)
-    spans = _microbatch(settings_text(config, OF_THE_UPDATE), vocab_size, precision.name, microbatch)
+    spans = _microbatch(settings_text(config, OF_THE_UPDATE), vocab_size, precision.name, microbatch, on_cpu)
     tally = Tally(**update.standing)
     tally.play(beside_the_one_before(spans))
     tally.play(update.spans)
@@ -121,13 +127,16 @@ def _counts(text: str, vocab_size: int) -> tuple[int, int]:
     return parameter_counts(meta_model(TrainConfig(**json.loads(text)), vocab_size))
 
 
-def fully_traced_peak(config: TrainConfig, vocab_size: int, precision: Precision, microbatch: int) -> Peak:
+def fully_traced_peak(
+    config: TrainConfig, vocab_size: int, precision: Precision, microbatch: int, on_cpu: bool = False
+) -> Peak:
     """Return the same with every block and every pass of `training.memory.try_step` run: slow, and what is right."""
     ledger = Ledger()
     model = meta_model(config, vocab_size)
     counts = parameter_counts(model)
+    attention = attention_of(model, config, precision, on_cpu)
     with without_data():
-        make_ready(model, config, precision)
+        make_ready(model, config, precision, attention, on_cpu)
         optimizer = build_optimizer(model, config)
         for tensor in [*model.parameters(), *model.buffers()]:
             ledger.add(tensor, "weights")
@@ -162,14 +171,17 @@ def settings_text(config: TrainConfig, left_out: tuple[str, ...]) -> str:
 
 
 @functools.lru_cache(maxsize=64)
-def _microbatch(text: str, vocab_size: int, precision: str, microbatch: int) -> list[Span]:
+def _microbatch(
+    text: str, vocab_size: int, precision: str, microbatch: int, on_cpu: bool = False
+) -> list[Span]:
     """Return what a microbatch does beside gradients that exist, for all blocks."""
     config = TrainConfig(**json.loads(text))
     ledger = Ledger()
     model = meta_model(config, vocab_size)
+    attention = attention_of(model, config, named_precision(precision), on_cpu)
     like = keep_few_blocks(model)
     with without_data():
-        make_ready(model, config, named_precision(precision))
+        make_ready(model, config, named_precision(precision), attention, on_cpu)
         stand_before(model, ledger)
         watch_gradients(model, ledger)
         watch_blocks(model, ledger)
@@ -282,12 +294,28 @@ def meta_model(config: TrainConfig, vocab_size: int) -> PreTrainedModel:
     return model
 
 
-def make_ready(model: PreTrainedModel, config: TrainConfig, precision: Precision) -> None:
-    """Give `model` memory, and make it what training makes of it on a device with good kernels."""
+def attention_of(
+    model: PreTrainedModel, config: TrainConfig, precision: Precision, on_cpu: bool = False
+) -> Attention:
+    """Return what the layers attend with: a GPU's kernels, or those that are the right ones on this CPU, by trying them."""
+    boundary = document_boundary(model.config) if config.document_mask else None
+    if on_cpu:
+        return choose_attention(config, torch.device("cpu"), precision, boundary)
+    return planned_attention(config, boundary)
+
+
+def make_ready(
+    model: PreTrainedModel,
+    config: TrainConfig,
+    precision: Precision,
+    attention: Attention,
+    on_cpu: bool = False,
+) -> None:
+    """Give `model` memory, and make it what training makes of it on a GPU with good kernels, or on this CPU."""
     materialise(model)
     eager = dataclasses.replace(config, compile="off")
-    boundary = document_boundary(model.config) if config.document_mask else None
-    prepare_model(model, eager, torch.device("cpu"), precision, attention=planned_attention(config, boundary))
+    device = torch.device("cpu" if on_cpu else "cuda")  # whose parts are put in; nothing is moved there
+    prepare_model(model, eager, device, precision, attention=attention)
 
 
 @contextlib.contextmanager

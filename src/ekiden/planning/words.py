@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +18,16 @@ if TYPE_CHECKING:
 
 WIDTH = 100
 LABEL = 10
+HARD = "\N{NO-BREAK SPACE}"
+_TOGETHER = re.compile(
+    r"(\d[\d.,]*[kMB]?(?= (?:GiB|MiB|GB|MB|days|tokens|sessions?|parameters|a parameter)\b)|--[a-z0-9-]+(?= [^-\s])|\d x(?= )) "
+)
+"""What stands before a space at which no line may end."""
 CHINCHILLA = 20
 """Tokens a parameter that a training run of given cost should see (Hoffmann et al. 2022, arXiv:2203.15556)."""
 
 
+ESTIMATED = "FSDP cannot be traced with this PyTorch; this is a whole step with what lasts divided"
 _SHARDED = "weights, gradients and moments are divided among the GPUs (FSDP, by --parallel)"
 
 
@@ -37,8 +44,9 @@ def plan_text(plan: Plan) -> str:
             "memory",
             [
                 f"{gib(peak.total)}{each} at the worst moment ({peak.during}) with {config.batch_size} x "
-                f"{config.max_length} tokens",
+                f"{config.max_length} tokens{_with(plan)}",
                 _parts(peak),
+                *([f"ESTIMATED: {ESTIMATED} ({peak.estimated})"] if peak.estimated else []),
                 *_verdict(plan),
                 *([_SHARDED] if plan.sharded else []),
             ],
@@ -46,28 +54,42 @@ def plan_text(plan: Plan) -> str:
         ("speed", _speed(plan)),
         ("time", _time(plan)),
         ("disk", _disk(plan)),
-        ("next", _next(plan)),
     ]
     for label, texts in sections:
         for number, text in enumerate(texts):
             lines += _wrapped("" if number else label, text)
+    for number, text in enumerate(_next(plan)):
+        is_command = text.startswith("ekiden")
+        lines += _wrapped("" if number else "next", text, " \\" if is_command else "")
     return "\n".join([*lines, *(describe_recipe(config) if plan.says_recipe else [])])
 
 
-def _wrapped(label: str, text: str) -> list[str]:
+def _wrapped(label: str, text: str, ending: str = "") -> list[str]:
+    """Return `text` in lines; a number and its unit, a flag and its value stay together. `ending`: of all lines but the last."""
     first, later = f"  {label:<{LABEL - 2}}", " " * LABEL
-    return textwrap.wrap(
-        text,
-        WIDTH,
+    lines = textwrap.wrap(
+        _TOGETHER.sub(f"\\1{HARD}", text),
+        WIDTH - len(ending),
         initial_indent=first,
         subsequent_indent=later,
         break_long_words=False,
         break_on_hyphens=False,
     )
+    lines = [line.replace(HARD, " ") for line in lines]
+    return [*(line + ending for line in lines[:-1]), lines[-1]]
 
 
 def _parts(peak: Peak) -> str:
     return ", ".join(f"{name} {gib(size)}" for name, size in peak.parts.items() if size >= GIB // 200)
+
+
+def _with(plan: Plan) -> str:
+    """Return the settings that were tried where none fits and the microbatch is automatic."""
+    asked = plan.asked
+    names = ("activation_checkpointing", "optimizer_moments", "cpu_offload")
+    tried = {name: getattr(plan.config, name) for name in names}
+    tried = {name: value for name, value in tried.items() if value != getattr(asked, name)}
+    return f" and {flags(tried)}" if tried else ""
 
 
 def _verdict(plan: Plan) -> list[str]:
@@ -81,19 +103,19 @@ def _verdict(plan: Plan) -> list[str]:
             f"DOES NOT FIT: {usable}, and no setting makes it fit ({needs}); {_way_out(plan)}",
         ]
     host = f" and {gib(plan.changed_peak.host)} of the host's" if plan.changed_peak.host else ""
+    tokens = f"{plan.microbatch} x {plan.config.max_length} tokens"
     return [
         f"DOES NOT FIT: {usable}; it fits with",
         flags(plan.change),
-        f"({gib(plan.changed_peak.total)}{host}; same global batch)",
+        f"({gib(plan.changed_peak.total)}{host} with {tokens}; same global batch)",
     ]
 
 
 def _way_out(plan: Plan) -> str:
-    if plan.machine.count > 1:
-        return "lower --max-length, or choose a smaller preset or a device with more memory"
+    """Return what helps where no setting does: not a shorter window where the weights alone are too much."""
     standing = sum(plan.peak.parts[name] for name in ("weights", "gradients"))
     if standing > plan.machine.usable_bytes:
-        return "choose a smaller preset or a device with more memory"
+        return "choose a smaller preset or --vocab-size, or a device with more memory"
     return "lower --max-length or --vocab-size, or choose a smaller preset or a device with more memory"
 
 
@@ -109,16 +131,21 @@ def _speed(plan: Plan) -> list[str]:
 def _time(plan: Plan) -> list[str]:
     if plan.seconds is None:
         tokens = CHINCHILLA * plan.parameters
-        duration = human_duration(tokens / plan.tokens_per_second)
         return [
-            f"{duration} for {human_count(tokens)} tokens ({CHINCHILLA} a parameter)",
+            f"{duration(tokens / plan.tokens_per_second)} for {human_count(tokens)} tokens ({CHINCHILLA} a parameter)",
             "give --tokens or --max-steps, --text 20GB for so much text, or --dataset-path",
         ]
-    text = f"{human_duration(plan.seconds)} for {human_count(plan.tokens or 0)} tokens"
+    text = f"{duration(plan.seconds)} for {human_count(plan.tokens or 0)} tokens"
     if plan.sessions is None:
         return [text]
     number = f"{plan.sessions} session{'s' if plan.sessions > 1 else ''}"
     return [f"{text}: {number} of {human_duration(plan.session_seconds or 0)}"]
+
+
+def duration(seconds: float) -> str:
+    """Return a time as '3h20m', from three days on as '12 days'."""
+    days = seconds / 86400
+    return f"{days:,.0f} days" if days >= 3 else human_duration(seconds)
 
 
 def _disk(plan: Plan) -> list[str]:
@@ -133,26 +160,55 @@ def _disk(plan: Plan) -> list[str]:
     number = (plan.disk_bytes - 8 * plan.parameters) // plan.checkpoint_bytes - 1
     if number >= 2:
         return [text, f"TOO MUCH {room}; give --max-checkpoints {number}"]
-    return [text, f"TOO MUCH {room} for even 2 checkpoints; choose a smaller preset or another disk"]
+    least = gb(3 * plan.checkpoint_bytes + 8 * plan.parameters)
+    return [text, f"TOO MUCH {room}: --max-checkpoints 2, the fewest, takes {least}; {_more_disk(plan)}"]
+
+
+def _more_disk(plan: Plan) -> str:
+    """Return what helps where even two checkpoints are too many; a mirror does not, which copies what stays here."""
+    eight_bit = 3 * 6 * plan.parameters + 8 * plan.parameters
+    compact = plan.config.optimizer == "adamw" and not plan.sharded
+    if compact and plan.config.optimizer_moments != "8bit" and eight_bit <= (plan.disk_bytes or 0):
+        return f"with --optimizer-moments 8bit it takes {gb(eight_bit)}, or have a larger disk"
+    return (
+        "choose a smaller preset or have a larger disk (--mirror copies checkpoints, and leaves these here)"
+    )
 
 
 def _next(plan: Plan) -> list[str]:
-    """Return the command that begins this run, with what has to be changed."""
-    if not plan.fits and plan.change is None:
+    """Return the command that begins this run, with what has to be changed, and what goes with it."""
+    command = next_command(plan)
+    if command is None:
         return []
-    config, change = plan.config, {**_own(plan.asked), **(plan.change or {})}
-    if plan.machine.name in ("t4", "t4x2"):
-        budget = f" --token-budget {human_count(plan.tokens)}" if plan.tokens else ""
-        if not change:
-            return [f"on Kaggle: ekiden kaggle relay {config.preset} --corpus YOU/CORPUS-1{budget}"]
-        lines = ", ".join(f"`{name}: {str(value).lower()}`" for name, value in change.items())
-        return [
-            f"on Kaggle: ekiden kaggle relay my.yaml --corpus YOU/CORPUS-1{budget}",
-            f"where my.yaml says `preset: {config.preset}`, {lines}",
-        ]
+    change = _changes(plan)
+    if plan.machine.name not in ("t4", "t4x2") or not change:
+        return [command]
+    lines = ", ".join(f"`{name}: {str(value).lower()}`" for name, value in change.items())
+    return [command, f"where my.yaml says `preset: {plan.config.preset}`, {lines}"]
+
+
+def next_command(plan: Plan) -> str | None:
+    """Return the command that begins this run; None where nothing makes it fit."""
+    if not plan.fits and plan.change is None:
+        return None
+    config, change = plan.config, _changes(plan)
+    if plan.machine.name in ("t4", "t4x2"):  # Kaggle's
+        budget = f" --token-budget {plan.tokens}" if plan.tokens else ""
+        recipe = "my.yaml" if change else config.preset
+        return f"ekiden kaggle relay {recipe} --corpus YOU/CORPUS-1{budget}"
     devices = f" --devices {plan.machine.count}" if plan.machine.count > 1 else ""
+    steps = f" --max-steps {plan.asked.max_steps}" if plan.asked.max_steps else ""
     given = f" {flags(change)}" if change else ""
-    return [f"ekiden train {config.preset} --dataset-path SHARDS --output-dir RUN{devices}{given}"]
+    places = f"--dataset-path {config.dataset_path or 'SHARDS'} --output-dir {config.output_dir or 'RUN'}"
+    return f"ekiden train {config.preset} {places}{devices}{steps}{given}"
+
+
+def _changes(plan: Plan) -> dict[str, Any]:
+    """Return what the run sets beside its preset: what was given, and what makes it fit."""
+    change = {**_own(plan.asked), **(plan.change or {})}
+    if plan.sharded and plan.asked.batch_size == AUTO:  # which needs a number there
+        change["batch_size"] = plan.microbatch
+    return change
 
 
 def _own(config: TrainConfig) -> dict[str, Any]:

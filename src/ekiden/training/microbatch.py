@@ -49,18 +49,19 @@ def largest_that_fits(most: int, first: int, grow: bool, fits: Callable[[int], b
 
 
 def predicted_microbatch(
-    config: TrainConfig, vocab_size: int, precision: Precision, most: int, room: float
+    config: TrainConfig, vocab_size: int, precision: Precision, most: int, room: float, on_cpu: bool = False
 ) -> int:
     """Return how many samples (1 to `most`) should fit into `room` bytes, weights included.
 
-    The peak is nearly a straight line in the microbatch; two points of it are traced on tensors without data.
+    The peak is nearly a straight line in the microbatch; two points of it are traced on tensors without data, with the
+    kernels of a GPU or (`on_cpu`) of this machine's CPU.
     """
     from ekiden.planning.trace import traced_peak  # planning stands above training, and traces its step
 
     if most == 1:
         return 1
     few = min(4, most)
-    one, several = (traced_peak(config, vocab_size, precision, size) for size in (1, few))
+    one, several = (traced_peak(config, vocab_size, precision, size, on_cpu) for size in (1, few))
     least = one.total + one.host
     slope = max(1.0, (several.total + several.host - least) / (few - 1))
     return int(max(1, min(most, 1 + (room - least) // slope)))
@@ -104,7 +105,8 @@ def find_microbatch(
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     room = SHARE * free_bytes(device, processes) + weights
     vocab_size = head_weight(model).shape[0]
-    first = agree_on_least(predicted_microbatch(config, vocab_size, precision, most, room))
+    on_cpu = device.type == "cpu"
+    first = agree_on_least(predicted_microbatch(config, vocab_size, precision, most, room, on_cpu))
     found = largest_that_fits(most, first, device.type == "cuda", fits)
     if found:
         say(f"microbatch: {found} samples of {config.max_length} tokens fit ({most} a device and step)")
