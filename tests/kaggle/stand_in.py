@@ -35,7 +35,7 @@ class HttpFault:
 
 @dataclass
 class Version:
-    """One version of a script. mounted: what its session got."""
+    """One version of a script. kept: its output is there; never: its session stays queued."""
 
     source: str
     kernel_sources: list[str]
@@ -44,6 +44,7 @@ class Version:
     message: str = ""
     folder: Path = Path()
     kept: bool = False
+    never: bool = False
     session: Session | None = None
 
 
@@ -218,9 +219,11 @@ class StandIn:
             invalid_datasets = self.push_invalid.pop(0)
         sources = body.get("kernelDataSources", [])
         invalid = [ref for ref in sources if not any(v.kept for v in self.kernels.get(ref, []))]
-        version = Version(body["text"], [ref for ref in sources if ref not in invalid], body)
         # What is mounted is what stands now, even where the session begins later.
         fault = self.session_faults.pop(0) if self.session_faults else SessionFault()
+        version = Version(
+            body["text"], [ref for ref in sources if ref not in invalid], body, never=fault.never
+        )
         inputs = {
             f"datasets/{ref}": self.datasets[ref][0 if fault.stale_corpus else -1]
             for ref in body.get("datasetDataSources", [])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import os
 import random
 import shutil
@@ -58,6 +59,20 @@ def start(
         return run_relay(str(tmp_path / "tiny.yaml"), tmp_path / "relay", kaggle, **settings)
 
     return run
+
+
+class Impatience:
+    """A `Patience` that gives up at once on a session that will never begin, and on no other, however slow the machine."""
+
+    poll, wait = POLL, staticmethod(time.sleep)
+
+    def __init__(self, ready: StandIn) -> None:
+        self.ready = ready
+
+    @property
+    def stuck(self) -> float:
+        scripts = list(self.ready.kernels.values())  # the server's threads push
+        return 0.0 if any(version.never for versions in scripts for version in versions) else math.inf
 
 
 def whole(run: Path, reference: Outcome) -> None:
@@ -147,7 +162,7 @@ def test_ten_legs_with_every_fault_are_one_run(
     ready.http_faults["SaveKernel"] += [HttpFault(0, after=True), HttpFault(0)]
     asked = len(ready.push_errors + ready.push_invalid) + sum(map(len, ready.http_faults.values()))
     injected = sum(fault is not good for fault in ready.session_faults)
-    state = start(patience=Patience(poll=POLL, stuck=6))
+    state = start(patience=Impatience(ready))
     whole(tmp_path / "relay" / "run", reference)
     assert not ready.session_faults and not ready.push_errors and not any(ready.http_faults.values())
     outcomes = Counter(attempt.outcome for attempt in state.attempts)

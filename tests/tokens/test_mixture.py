@@ -236,7 +236,11 @@ def test_permute_near_squares_where_floating_roots_are_off_by_one(root):
 def test_permutations_of_many_keys_are_uniform(size):
     """Each (value, image) pair is 1/size of 4,000 keys' permutations, to 5 standard deviations."""
     keys = 4000
-    images = np.array([permuted(size, key * 7919) for key in range(keys)]).astype(int)
+    names = np.repeat(np.arange(keys, dtype=np.uint64) * np.uint64(7919), size)
+    values = np.tile(numbers(0, size), keys)
+    images = (
+        permute(values, np.full(len(values), size, dtype=np.uint64), names).reshape(keys, size).astype(int)
+    )
     counts = np.array([np.bincount(images[:, value], minlength=size) for value in range(size)])
     deviation = (keys * (1 / size) * (1 - 1 / size)) ** 0.5
     assert np.abs(counts - keys / size).max() < 5 * deviation
