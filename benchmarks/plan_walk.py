@@ -45,7 +45,9 @@ def wrong_lines(plan: Plan) -> list[str]:
     """Return what is wrong with the lines of a plan."""
     lines = plan.text().split("recipe: ")[0].splitlines()
     wrong = [f"{len(line)} characters: {line}" for line in lines if len(line) > WIDTH]
-    wrong += [f"begins with a unit: {line}" for line in lines if line.split()[0] in ("GiB", "MiB", "GB", "MB")]
+    wrong += [
+        f"begins with a unit: {line}" for line in lines if line.split()[0] in ("GiB", "MiB", "GB", "MB")
+    ]
     if plan.peak.estimated:
         wrong.append(f"estimated: {plan.peak.estimated}")
     return wrong
