@@ -143,11 +143,11 @@ def test_a_model_is_not_less_exact_than_natively(
     native, _ = gradients(preset, precision, **{**more, "compile": "off"})
     monkeypatch.setattr(device_module, "has_instructions", lambda dtype: False)
     ours, _ = gradients(preset, precision, **more)
-    worst = [max(error(one, other) for one, other in zip(found, exact)) for found in (ours, native)]
-    mean = [sum(error(one, other) for one, other in zip(found, exact)) for found in (ours, native)]
-    assert worst[0] <= 1.3 * worst[1]
-    assert mean[0] <= 1.1 * mean[1]
-    assert mean[0] > 0.1 * mean[1]  # half precision it is
+    mine, theirs = ([error(one, other) for one, other in zip(found, exact)] for found in (ours, native))
+    # Of twenty models the sum was 0.88 to 1.07 of the native one's, 0.96 on average; a single weight's is luck.
+    assert sum(mine) <= 1.15 * sum(theirs)
+    assert max(mine) <= 2 * max(theirs)
+    assert sum(mine) > 0.1 * sum(theirs)  # half precision it is
 
 
 def test_without_our_kernels_it_is_pytorchs_attention_in_fp32(

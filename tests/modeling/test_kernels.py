@@ -64,6 +64,9 @@ def error(found: torch.Tensor, exact: torch.Tensor) -> float:
         ((1, 2, 1, 64, 32), 300, None),
         ((2, 2, 1, 63, 80), None, None),
         ((1, 1, 1, 1, 32), None, None),
+        ((1, 2, 1, 1100, 16), None, None),  # whose keys are divided among tasks
+        ((1, 2, 1, 1100, 16), 150, None),
+        ((1, 1, 1, 700, 16), 699, None),
     ],
 )
 def test_attention_is_as_exact_as_plain_arithmetic(shape, window, scaling) -> None:
@@ -87,8 +90,9 @@ def test_attention_of_scores_far_apart() -> None:
 
 
 @needed
-def test_no_number_depends_on_the_threads() -> None:
-    *inputs, upstream = tensors(2, 4, 2, 200, 32)
+@pytest.mark.parametrize("shape", [(2, 4, 2, 200, 32), (1, 2, 1, 1100, 16)])
+def test_no_number_depends_on_the_threads(shape) -> None:
+    *inputs, upstream = tensors(*shape)
     before = torch.get_num_threads()
     try:
         both = []

@@ -32,6 +32,9 @@ OPTIONS = [
 LANES, MOST_UNITS = 16, 128
 """Units a head are a multiple of one (a register) and not above the other, where PyTorch's attention is the faster one."""
 
+TASKS, PART_KEYS = 16, 256
+"""With fewer heads in a batch than the one, each head's keys are divided among tasks, of the other number or more each."""
+
 _NUMBER, _POINTER = ctypes.c_int64, ctypes.c_void_p
 
 
@@ -49,7 +52,7 @@ class _Shape(ctypes.Structure):
 
 _ARGUMENTS: dict[str, list[Any]] = {
     "attention_forward": [ctypes.POINTER(_Shape), *[_POINTER] * 5],
-    "attention_backward": [ctypes.POINTER(_Shape), *[_POINTER] * 9],
+    "attention_backward": [ctypes.POINTER(_Shape), *[_POINTER] * 10, _NUMBER],
     "softmax_minus_target": [_POINTER, *[_NUMBER] * 3, *[_POINTER] * 2, *[_NUMBER] * 2],
     "column_sums": [_POINTER, *[_NUMBER] * 2, *[_POINTER] * 2, _NUMBER],
     "bias_gelu": [*[_POINTER] * 2, *[_NUMBER] * 2, _POINTER, _NUMBER],
@@ -172,6 +175,17 @@ def _outputs(query: torch.Tensor, *_others: Any) -> tuple[torch.Tensor, torch.Te
     return outputs_like(query)
 
 
+def _run_backward(shape: _Shape, *tensors: torch.Tensor) -> None:
+    """Call `attention_backward` with query, key, value, output, its gradient, sums, and the memory of three gradients."""
+    found = library()
+    assert found is not None
+    tensors = tuple(tensor.contiguous() if place == 5 else tensor for place, tensor in enumerate(tensors))
+    heads = shape.batch * shape.heads
+    parts = max(1, min(TASKS // heads, shape.tokens // PART_KEYS))
+    scratch = tensors[0].new_empty((parts - 1, heads, shape.tokens, shape.units))
+    found.attention_backward(ctypes.byref(shape), *_pointers(*tensors, scratch), parts)
+
+
 @torch.library.custom_op("ekiden::attention_backward", mutates_args=(), device_types="cpu")
 def _attention_backward(
     query: torch.Tensor,
@@ -184,16 +198,12 @@ def _attention_backward(
     window: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the gradients of query, key and value, laid out [b, T, heads, d]."""
-    found = library()
-    assert found is not None
     dtype = query.dtype
     query, key, value, out, upstream = _floats(query, key, value, out, upstream)
     batch, heads, length, units = query.shape
     made = [query.new_empty((batch, length, heads, units)) for _ in range(3)]
     shape = _shape_of(query, key, value, out, upstream, scale, window)
-    found.attention_backward(
-        ctypes.byref(shape), *_pointers(query, key, value, out, upstream, sums.contiguous(), *made)
-    )
+    _run_backward(shape, query, key, value, out, upstream, sums, *made)
     groups = key.shape[1]
     if groups != heads:  # the kernel's are those of every query head by itself
         made[1:] = [gradient.unflatten(2, (groups, heads // groups)).sum(3) for gradient in made[1:]]
@@ -255,17 +265,13 @@ def _packed_backward(
     mixed: torch.Tensor, out: torch.Tensor, upstream: torch.Tensor, sums: torch.Tensor, heads: int
 ) -> torch.Tensor:
     """Return the gradient [b, T, 3 h d] of `mixed`."""
-    found = library()
-    assert found is not None
     query, key, value = _unpacked(mixed.float(), heads)
     length, units = query.shape[2:]
     out, upstream = (t.unflatten(2, (heads, -1)).transpose(1, 2) for t in _floats(out, upstream))
     made = torch.empty(mixed.shape)
     shape = _shape_of(query, key, value, out, upstream, 1 / math.sqrt(units), length, 3 * heads * units)
     parts = [made[..., part * heads * units :] for part in range(3)]
-    found.attention_backward(
-        ctypes.byref(shape), *_pointers(query, key, value, out, upstream, sums.contiguous(), *parts)
-    )
+    _run_backward(shape, query, key, value, out, upstream, sums, *parts)
     return made.to(mixed.dtype)
 
 

@@ -26,7 +26,7 @@ from ekiden.modeling.kernels import library
 from ekiden.modeling.own_parts import install_own_parts
 from ekiden.progress import say
 
-ARITHMETIC = 3
+ARITHMETIC = 4
 """Raised with every change of what a step computes that may show in the last bits; a run resumed across it says so."""
 
 

@@ -94,16 +94,32 @@ void attention_forward(const shape *s, const float *q, const float *k, const flo
         forward_block(s, task % heads / s->heads, task % s->heads, (blocks - 1 - task / heads) * BLOCK, q, k, v, o, lse);
 }
 
-static void backward_head(const shape *s, int64_t b, int64_t h, const float *q, const float *k, const float *v, const float *o,
-                          const float *g, const float *lse, float *dq, float *dk, float *dv) {
+/* First key of a part of `parts` of a head's keys, a multiple of KEYS. Later keys are seen by fewer queries: equal work for every
+   part means equal areas below the diagonal, as long as there is no window. */
+INLINE int64_t part_begin(const shape *s, int64_t part, int64_t parts) {
+    if (part >= parts) return s->tokens;
+    const double share = (double)part / parts;
+    const double at = s->window < s->tokens ? share : 1 - sqrt(1 - share);
+    return (int64_t)(at * s->tokens) / KEYS * KEYS;
+}
+
+/* Behind the last query that sees one of the keys before `to`. */
+INLINE int64_t seen_until(const shape *s, int64_t to) { return least(s->tokens, to + s->window - 1); }
+
+/* One part of a head's keys: all of its dk and dv, and the part's own dq [tokens, row], of the first part every row, of others
+   those of queries that see its keys. */
+static void backward_part(const shape *s, int64_t b, int64_t h, int64_t from, int64_t to, const float *q, const float *k,
+                          const float *v, const float *o, const float *g, const float *lse, float *dq, int64_t dq_row, float *dk,
+                          float *dv) {
     float turned[MOST_UNITS * BLOCK], upstream[MOST_UNITS * BLOCK], p[KEYS * BLOCK], ds[KEYS * BLOCK];
     float delta[BLOCK], shift[BLOCK];
     const int64_t d = s->units, group = h / (s->heads / s->groups), row = s->gradient_row, start = b * s->tokens * row + h * d;
+    const int64_t last = seen_until(s, to);
     q = at(q, s->q, b, h), k = at(k, s->k, b, group), v = at(v, s->v, b, group), o = at(o, s->o, b, h), g = at(g, s->g, b, h);
-    dq += start, dk += start, dv += start;
-    for (int64_t t = 0; t < s->tokens; t++)
-        memset(dq + t * row, 0, 4 * d), memset(dk + t * row, 0, 4 * d), memset(dv + t * row, 0, 4 * d);
-    for (int64_t query = 0; query < s->tokens; query += BLOCK) {
+    dk += start, dv += start;
+    for (int64_t t = from; t < (from ? last : s->tokens); t++) memset(dq + t * dq_row, 0, 4 * d);
+    for (int64_t t = from; t < to; t++) memset(dk + t * row, 0, 4 * d), memset(dv + t * row, 0, 4 * d);
+    for (int64_t query = from / BLOCK * BLOCK; query < last; query += BLOCK) {
         const int64_t rows = least(BLOCK, s->tokens - query);
         turn(turned, q + query * s->q[2], s->q[2], rows, d, s->scale);
         turn(upstream, g + query * s->g[2], s->g[2], rows, d, 1.0f);
@@ -115,7 +131,7 @@ static void backward_head(const shape *s, int64_t b, int64_t h, const float *q, 
             for (int lane = 0; lane < LANES; lane++) delta[i] += sum[lane];
             shift[i] = i < rows ? lse[(b * s->heads + h) * s->tokens + query + i] : 0;
         }
-        for (int64_t first = begin_of(s, query); first < query + rows; first += KEYS) {
+        for (int64_t first = most(from, begin_of(s, query)); first < least(to, query + rows); first += KEYS) {
             const int64_t keys = least(KEYS, query + rows - first);
             scores_of(s, p, k + first * s->k[2], turned, first, keys, query);
             product(keys, BLOCK, d, v + first * s->v[2], s->v[2], 1, upstream, BLOCK, ds, BLOCK, 0);
@@ -129,16 +145,36 @@ static void backward_head(const shape *s, int64_t b, int64_t h, const float *q, 
             }
             product(keys, d, rows, p, BLOCK, 1, g + query * s->g[2], s->g[2], dv + first * row, row, 1);
             product(keys, d, rows, ds, BLOCK, 1, q + query * s->q[2], s->q[2], dk + first * row, row, 1);
-            product(rows, d, keys, ds, 1, BLOCK, k + first * s->k[2], s->k[2], dq + query * row, row, 1);
+            product(rows, d, keys, ds, 1, BLOCK, k + first * s->k[2], s->k[2], dq + query * dq_row, dq_row, 1);
         }
     }
 }
 
 /* dq, dk, dv [batch, tokens, heads, d], a token's at `gradient_row` from the one's before; dk and dv for every query head by
-   itself. */
+   itself. With few heads the keys of each are divided into `parts`, a number that follows the shape and never the threads; each
+   part's dq stands in `scratch` [parts - 1, batch, heads, tokens, d] until all are added up in order. */
 void attention_backward(const shape *s, const float *q, const float *k, const float *v, const float *o, const float *g,
-                        const float *lse, float *dq, float *dk, float *dv) {
-#pragma omp parallel for schedule(dynamic) num_threads(s->threads)
-    for (int64_t task = 0; task < s->batch * s->heads; task++)
-        backward_head(s, task / s->heads, task % s->heads, q, k, v, o, g, lse, dq, dk, dv);
+                        const float *lse, float *dq, float *dk, float *dv, float *scratch, int64_t parts) {
+    const int64_t heads = s->batch * s->heads, d = s->units, row = s->gradient_row, size = s->tokens * d;
+#pragma omp parallel num_threads(s->threads)
+    {
+#pragma omp for schedule(dynamic)
+        for (int64_t task = 0; task < heads * parts; task++) {
+            const int64_t head = task % heads, part = task / heads, b = head / s->heads, h = head % s->heads;
+            float *own = part ? scratch + ((part - 1) * heads + head) * size : dq + b * s->tokens * row + h * d;
+            backward_part(s, b, h, part_begin(s, part, parts), part_begin(s, part + 1, parts), q, k, v, o, g, lse, own,
+                          part ? d : row, dk, dv);
+        }
+        if (parts > 1)
+#pragma omp for schedule(static)
+            for (int64_t task = 0; task < heads * s->tokens; task++) {
+                const int64_t head = task / s->tokens, t = task % s->tokens;
+                float *to = dq + (head / s->heads * s->tokens + t) * row + head % s->heads * d;
+                for (int64_t part = 1; part < parts; part++) {
+                    if (t < part_begin(s, part, parts) || t >= seen_until(s, part_begin(s, part + 1, parts))) continue;
+                    const float *from = scratch + ((part - 1) * heads + head) * size + t * d;
+                    for (int64_t u = 0; u < d; u += LANES) store(to + u, load(to + u) + load(from + u));
+                }
+            }
+    }
 }
