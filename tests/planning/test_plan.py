@@ -309,6 +309,7 @@ def test_what_says_the_same_twice_is_refused(tiny_tokenizer_path: Path) -> None:
 
     assert "--tokens and --max-steps both say" in refused("--tokens", "1B", "--max-steps", "10")
     assert "--tokens and --text both say" in refused("--tokens", "1B", "--text", "1GB")
+    assert "--disk 10 is 10 bytes; give it with a unit" in refused("--disk", "10")
     assert "both say how many pieces" in refused(
         "--vocab-size", "300", "--tokenizer", str(tiny_tokenizer_path)
     )

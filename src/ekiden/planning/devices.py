@@ -8,6 +8,7 @@ published by others for a plain GPT of similar size where it was, and else assum
 from __future__ import annotations
 
 import math
+import shutil
 import time
 from dataclasses import dataclass
 
@@ -30,8 +31,8 @@ class Machine:
 
     Attributes:
         title: a GPU's name as CUDA reports it. count: GPUs. total_bytes, usable_bytes: a GPU's memory, and what a
-            plan may fill of it. disk_bytes: room for a run's files, None where it depends. session_seconds: after
-            which the machine is taken away, None where there is no fixed time.
+            plan may fill of it. disk_bytes: room for a run's files, None where it depends; of this machine, what is free
+            in the current folder. session_seconds: after which the machine is taken away, None where there is no fixed time.
         efficiency: (parameters, MFU) pairs. basis: where those come from.
     """
 
@@ -85,7 +86,8 @@ def find_machine(name: str) -> Machine:
         memory = psutil.virtual_memory()
         basis = "half of the rate of a large product, measured now on this machine; the half is assumed"
         usable = int(0.9 * memory.available)
-        return Machine("cpu", "cpu", 1, memory.total, usable, "fp32", ((1e9, CPU_EFFICIENCY),), basis)
+        free = shutil.disk_usage(".").free
+        return Machine("cpu", "cpu", 1, memory.total, usable, "fp32", ((1e9, CPU_EFFICIENCY),), basis, free)
     if name not in _TABLE:
         raise UsageError(f"--device {name} is not one of {', '.join(NAMES)}{nearest(name, NAMES)}")
     count, (title, total, usable_gib, precision, efficiency, basis, disk, session) = _TABLE[name]

@@ -18,7 +18,7 @@ from ekiden.modeling.flops import flops_per_token
 from ekiden.planning.devices import PARALLEL_SHARE, Machine, find_machine, machine_flops
 from ekiden.planning.fitting import Tracer, find_settings, is_sharded, on_machine
 from ekiden.planning.trace import Peak
-from ekiden.planning.words import next_command, plan_text
+from ekiden.planning.words import changes, next_command, plan_text
 from ekiden.tokenizer.load import load_tokenizer
 from ekiden.tokens.format import TokenDataset
 from ekiden.training.order import steps_of_epochs
@@ -111,6 +111,7 @@ class Plan:
             "checkpoint_bytes": self.checkpoint_bytes,
             "run_bytes": self.run_bytes,
             "disk_bytes": self.disk_bytes,
+            "settings": changes(self),
             "next": next_command(self),
         }
 
@@ -231,11 +232,14 @@ def plans(
         raise UsageError("--tokens must be at least 1")
     if tokenizer and vocab_size is not None:
         raise UsageError("--tokenizer and --vocab-size both say how many pieces there are; give one of them")
-    room = parse_bytes(disk, "--disk")
+    room, size = parse_bytes(disk, "--disk"), parse_bytes(text, "--text")
+    for name, said, value in (("--disk", disk, room), ("--text", text, size)):
+        if value is not None and value < 10**5:
+            raise UsageError(f"{name} {said} is {value:,} bytes; give it with a unit, as 20GB")
     if tokenizer:
         vocab_size = load_tokenizer(tokenizer).vocab_size
     if tokens is None and text:
-        tokens = int((parse_bytes(text, "--text") or 0) / BYTES_PER_TOKEN * (config.epochs or 1))
+        tokens = int((size or 0) / BYTES_PER_TOKEN * (config.epochs or 1))
     if config.dataset_path:
         dataset = TokenDataset.open(config.dataset_path)
         vocab_size = dataset.tokenizer().vocab_size if vocab_size is None else vocab_size

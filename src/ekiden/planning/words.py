@@ -12,6 +12,7 @@ from ekiden.planning.devices import GIB
 from ekiden.planning.trace import Peak
 from ekiden.progress import human_count, human_duration
 from ekiden.training.recipe import describe_recipe
+from ekiden.values import to_int
 
 if TYPE_CHECKING:
     from ekiden.planning.plan import Plan
@@ -143,7 +144,9 @@ def _time(plan: Plan) -> list[str]:
 
 
 def duration(seconds: float) -> str:
-    """Return a time as '3h20m', from three days on as '12 days'."""
+    """Return a time as '3h20m', from three days on as '12 days'; no estimate is good to the second."""
+    if seconds < 60:
+        return "under a minute"
     days = seconds / 86400
     return f"{days:,.0f} days" if days >= 3 else human_duration(seconds)
 
@@ -180,7 +183,7 @@ def _next(plan: Plan) -> list[str]:
     command = next_command(plan)
     if command is None:
         return []
-    change = _changes(plan)
+    change = changes(plan)
     if plan.machine.name not in ("t4", "t4x2") or not change:
         return [command]
     lines = ", ".join(f"`{name}: {str(value).lower()}`" for name, value in change.items())
@@ -191,9 +194,9 @@ def next_command(plan: Plan) -> str | None:
     """Return the command that begins this run; None where nothing makes it fit."""
     if not plan.fits and plan.change is None:
         return None
-    config, change = plan.config, _changes(plan)
+    config, change = plan.config, changes(plan)
     if plan.machine.name in ("t4", "t4x2"):  # Kaggle's
-        budget = f" --token-budget {plan.tokens}" if plan.tokens else ""
+        budget = f" --token-budget {_exact(plan.tokens)}" if plan.tokens else ""
         recipe = "my.yaml" if change else config.preset
         return f"ekiden kaggle relay {recipe} --corpus YOU/CORPUS-1{budget}"
     devices = f" --devices {plan.machine.count}" if plan.machine.count > 1 else ""
@@ -203,7 +206,13 @@ def next_command(plan: Plan) -> str | None:
     return f"ekiden train {config.preset} {places}{devices}{steps}{given}"
 
 
-def _changes(plan: Plan) -> dict[str, Any]:
+def _exact(number: int) -> str:
+    """Return a number as people write it, where that is the same number."""
+    short = human_count(number)
+    return short if to_int(short) == number else str(number)
+
+
+def changes(plan: Plan) -> dict[str, Any]:
     """Return what the run sets beside its preset: what was given, and what makes it fit."""
     change = {**_own(plan.asked), **(plan.change or {})}
     if plan.sharded and plan.asked.batch_size == AUTO:  # which needs a number there
@@ -227,7 +236,7 @@ def _own(config: TrainConfig) -> dict[str, Any]:
 
 def gib(size: float) -> str:
     """Return bytes of memory as GiB or MiB."""
-    return f"{size / GIB:.1f} GiB" if size >= GIB / 10 else f"{size / 2**20:.0f} MiB"
+    return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / 2**20:.0f} MiB"
 
 
 def gb(size: float) -> str:
