@@ -60,8 +60,9 @@ def resident(line: str) -> int:
 def measured_peak(config: TrainConfig, vocab_size: int, precision: Precision, world: int) -> int:
     """Return the bytes that this rank really took at its worst moment."""
     mesh = init_device_mesh("cpu", (world,))
-    model, optimizer = built(config, 256, precision, mesh)
-    step(model, optimizer, config, precision, 1)  # libraries and connections are none of the model's memory
+    model, optimizer = built(config, vocab_size, precision, mesh)
+    # What libraries keep for products of these sizes (14 MB for GPT-2 10M), and connections, are none of the model's memory.
+    step(model, optimizer, config, precision, config.batch_size)
     del model, optimizer
     gc.collect()
     before = resident("VmRSS")
