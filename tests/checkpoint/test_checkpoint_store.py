@@ -317,8 +317,12 @@ def test_the_table(folder: Path) -> None:
     assert header.split() == ["step", "tokens", "loss", "MB", "age", "state"]
     assert newest.split()[:3] == ["2", "2000", "2.5000"] and newest.endswith("verified")
     assert oldest.endswith("damaged: trainer_state.json is missing") and good
+    assert format_statuses(folder)[1] and len(format_statuses(folder)[0].splitlines()) == 3
+    one, good = format_statuses(folder / "step-00000002")
+    assert one.splitlines()[1].endswith("verified") and len(one.splitlines()) == 2 and good
+    assert not format_statuses(folder / "step-00000001")[1]
     with pytest.raises(UserError, match="holds no checkpoints"):
-        format_statuses(folder)
+        format_statuses(folder.parent.parent)
 
 
 # -- replacing --------------------------------------------------------------------------------------------------------

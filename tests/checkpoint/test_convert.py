@@ -283,3 +283,14 @@ def test_a_full_disk_is_a_sentence_and_leaves_nothing(checkpoint: Path, tmp_path
         assert done.stderr.count("\n") == 1 and "defect" not in done.stderr
         assert sorted(tmp_path.iterdir()) == before
     assert refusal(tmp_path / "nothing.pt", tmp_path)
+
+
+def test_what_holds_no_checkpoint_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "e.json").write_text("{}")
+    with pytest.raises(UserError, match=r"e\.json holds no tensor, so it is no checkpoint"):
+        convert_checkpoint(tmp_path / "e.json", tmp_path / "e.pt")
+    assert not (tmp_path / "e.pt").exists()
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    checkpoint.rename(tmp_path / "run" / "checkpoints" / checkpoint.name)
+    with pytest.raises(UserError, match=r"run is a run, .* such as .*/run/checkpoints/step-00000007"):
+        convert_checkpoint(tmp_path / "run", tmp_path / "run.pt")

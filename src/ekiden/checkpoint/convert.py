@@ -26,6 +26,7 @@ from ekiden.checkpoint.folder_format import (
 )
 from ekiden.checkpoint.json_format import read_json, write_json
 from ekiden.checkpoint.lazy import CHUNK_BYTES, LazyTensor, TorchValue, check_tree, rechunk
+from ekiden.checkpoint.listing import step_folders
 from ekiden.checkpoint.torch_format import is_torch, read_torch, write_torch
 from ekiden.errors import UserError
 
@@ -78,6 +79,9 @@ def open_tree(path: Path) -> Any:
             raise UserError(f"{path} holds weights alone; give the folder that it lies in")
     except OSError as error:
         raise UserError(f"{path} cannot be read ({files.reason(error)}); mend that and try again") from None
+    if (path / "checkpoints").is_dir():
+        newest = next(iter(step_folders(path / "checkpoints")), path / "checkpoints" / "step-...")
+        raise UserError(f"{path} is a run, not one checkpoint; give one of them, such as {newest}")
     raise UserError(
         f"{path} is no checkpoint that can be read; give a .pt or .pth file (or one unpacked into a folder), a .json "
         "file, or a folder with model.safetensors"
@@ -115,6 +119,8 @@ def convert_checkpoint(
     if weights_only:
         tree, left_out = _weights_only(source, tree)
     tensors = check_tree(tree, str(source))
+    if not tensors:
+        raise UserError(f"{source} holds no tensor, so it is no checkpoint; give another source")
     left_out += _write(target, tree, readable)
     return Conversion(
         target,

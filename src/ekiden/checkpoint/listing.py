@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ekiden.checkpoint.manifest import NAME as MANIFEST
 from ekiden.checkpoint.manifest import Damaged, extra_files, read_manifest, verify_folder
 from ekiden.errors import UserError
 from ekiden.progress import human_duration
@@ -73,19 +74,15 @@ def list_checkpoints(folder: Path) -> list[CheckpointStatus]:
 
 
 def format_statuses(run: Path) -> tuple[str, bool]:
-    """Return the table of the checkpoints of run directory `run`, and whether one is good.
+    """Return the table of the checkpoints of run directory `run` (or of its `checkpoints/`, or of one alone), and whether
+    one is good.
 
     Raises:
-        UserError: there is no such run directory.
+        UserError: there is no such folder.
     """
-    folder = run / "checkpoints"
-    if not folder.is_dir():
-        raise UserError(
-            f"{run} holds no checkpoints; give a run directory, the --output-dir of `ekiden train`"
-        )
     rows = [_row("step", "tokens", "loss", "MB", "age", "state")]
     good = False
-    for status in list_checkpoints(folder):
+    for status in _asked_for(run):
         good |= status.problem is None and not status.name.startswith(DAMAGED)
         rows.append(
             _row(
@@ -98,6 +95,17 @@ def format_statuses(run: Path) -> tuple[str, bool]:
             )
         )
     return "\n".join(rows) if len(rows) > 1 else "there are no checkpoints", good
+
+
+def _asked_for(path: Path) -> list[CheckpointStatus]:
+    """Return what is known of the checkpoints that `path` stands for."""
+    for folder in (path / "checkpoints", path):
+        if folder.is_dir() and (folder.name == "checkpoints" or step_folders(folder)):
+            return list_checkpoints(folder)
+    if path.is_dir() and (STEP_NAME.fullmatch(path.name) or (path / MANIFEST).is_file()):
+        status = inspect_checkpoint(path)
+        return [status] if status else []
+    raise UserError(f"{path} holds no checkpoints; give a run directory, the --output-dir of `ekiden train`")
 
 
 def _row(*cells: str) -> str:

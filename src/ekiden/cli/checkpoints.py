@@ -20,6 +20,8 @@ def checkpoint() -> None:
 def checkpoint_list(run: str) -> None:
     """Print step, tokens, size, age and state of each checkpoint of RUN; status 1 when none is good.
 
+    RUN may also be one checkpoint.
+
     Example: ekiden checkpoint list run
     """
     from ekiden.checkpoint.store import format_statuses

@@ -90,15 +90,14 @@ def find_model(path: Path) -> Path:
     """
     check_models([str(path)])
     if (path / "config.json").is_file():
-        _check_whole(path)
+        if damage := _damage(path):
+            raise UserError(f"{path} is damaged ({damage}); give another checkpoint, or a copy of this one")
         return path
     for folder in _candidates(path):
-        try:
-            _check_whole(folder)
-        except UserError as error:
-            say(f"passed over {folder.name}: {error}")
-            continue
-        return folder
+        damage = _damage(folder)
+        if damage is None:
+            return folder
+        say(f"passed over {folder.name}: {damage}")
     raise UserError(
         f"{path} holds no model (looked for config.json, then best/, checkpoints/step-N/ and final_model/ of a run); "
         "give a run directory, a checkpoint or a Hugging Face folder"
@@ -119,20 +118,15 @@ def _candidates(run: Path) -> Iterator[Path]:
             yield folder
 
 
-def _check_whole(folder: Path) -> None:
-    """Compare a folder that Ekiden wrote with its manifest; others have none.
-
-    Raises:
-        UserError: a file is missing or damaged.
-    """
+def _damage(folder: Path) -> str | None:
+    """Return what is wrong with a folder that Ekiden wrote, by its manifest, or None; others have no manifest."""
     if not (folder / MANIFEST).is_file():
-        return
+        return None
     try:
         verify_folder(folder)
     except Damaged as damage:
-        raise UserError(
-            f"{folder} is damaged ({damage}); give another checkpoint, or a copy of this one"
-        ) from None
+        return str(damage)
+    return None
 
 
 def _load_weights(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
