@@ -162,13 +162,20 @@ def test_a_disk_that_turns_read_only_costs_later_checkpoints_only(
             raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
 
     at_step(monkeypatch, {5: lambda: monkeypatch.setattr(files, "fault_hook", read_only)})
-    assert train(settings(9, background_save=False)).status == "completed"
+    result = train(settings(9, background_save=False))
+    assert (result.status, result.reason) == ("paused", "final_model/ could not be written")
     said = capsys.readouterr().err
+    assert (
+        "all 9 steps are done, but final_model/ could not be written; make room and run the same command again"
+        in said
+    )
     assert "(step 6: the file system is read-only); training goes on, older checkpoints stay" in said
     assert "result.json could not be written (the file system is read-only)" in said
     monkeypatch.setattr(files, "fault_hook", None)
     monkeypatch.setattr(step_module, "fault_hook", None)
-    assert train(settings(9)).checkpoint == "step-00000009"
+    result = train(settings(9))
+    assert (result.status, result.checkpoint) == ("completed", "step-00000009")
+    assert f"the model is in {tmp_path / 'run' / 'final_model'}" in capsys.readouterr().err
 
 
 def test_two_trainers_on_one_run_directory(settings: Settings, tmp_path: Path) -> None:

@@ -71,7 +71,11 @@ class DurableFile:
         view = memoryview(data).cast("B") if len(data) else memoryview(b"")
         while len(view):
             _about_to("write", self.path)
-            view = view[self._file.write(view[:CHUNK_BYTES]) :]
+            try:
+                view = view[self._file.write(view[:CHUNK_BYTES]) :]
+            except OSError as error:
+                error.filename = str(self.path)  # a descriptor knows no name, and a message needs one
+                raise
 
     def __exit__(self, kind: object, *_: object) -> None:
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -48,6 +49,12 @@ def train_options(command: Callable[..., Any], left_out: tuple[str, ...] = ("pre
     return command
 
 
+def loading() -> None:
+    """Say on a terminal why nothing is seen for some seconds."""
+    if sys.stderr.isatty() and os.environ.get("RANK", "0") == "0":
+        click.echo("loading PyTorch", err=True)
+
+
 class CountType(click.ParamType[int]):
     """A whole number as people write it: 100k, 2M, 1B."""
 
@@ -83,6 +90,7 @@ def train(recipe: str | None, list_presets: bool, **settings: Any) -> None:
     config = build_config(
         recipe, **{name: value for name, value in settings.items() if value not in (None, ())}
     )
+    loading()
     from ekiden.training.loop import train as run
 
     result = run(config)

@@ -90,6 +90,7 @@ def compile_body(
     Compilers are missing, GPUs too old for Triton, graphs not understood: all of it shows only in the first call,
     which this one is. Its result is thrown away.
     """
+    say("compiling the decoder, which takes a while at every start (--compile off: none, and slower steps)")
     body(model).compile()
     # An automatic microbatch is not known yet: one sample shows whether anything compiles.
     ids = torch.zeros((max(1, config.batch_size), config.max_length), dtype=torch.int64, device=device)

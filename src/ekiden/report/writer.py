@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ekiden.checkpoint import files
 from ekiden.checkpoint.background import BackgroundWorker
 from ekiden.errors import UserError
 from ekiden.progress import say
@@ -68,9 +69,8 @@ class ReportWriter:
                 self._write_picture(data)
         except Exception as error:  # a report never stops training
             self._failed = True
-            say(
-                f"report.html could not be written ({' '.join(str(error).split())}); training goes on without it"
-            )
+            why = files.reason(error) if isinstance(error, OSError) else " ".join(str(error).split())
+            say(f"report.html could not be written ({why}); training goes on without it")
         self._written = time.monotonic()
         self._seconds = self._written - began
 

@@ -133,14 +133,18 @@ class Saving:
             say(f"{error}; training goes on, the next checkpoint is tried again")
             self.history.event("mirror-failed", self.state.counters.step, problem=str(error))
 
-    def write_model(self, target: Path, loss: float | None) -> None:
-        """Write the weights of this step as a Hugging Face folder, replacing the one before it atomically."""
+    def write_model(self, target: Path, loss: float | None) -> bool:
+        """Write the weights of this step as a Hugging Face folder, replacing the one before it atomically.
+
+        Returns:
+            Whether it is there; of the main rank, which alone writes.
+        """
         if not self.ranks.main and not self.state.sharded:
-            return
+            return False
         step = self.state.counters.step
         weights = self.state.weights()
         if not self.ranks.main:
-            return
+            return False
 
         def write(writer: CheckpointWriter) -> None:
             for name, content in self.folder_files.items():
@@ -150,9 +154,15 @@ class Saving:
         try:
             replace_folder(target, write, {"step": step, "loss": loss})
         except (CheckpointError, OSError) as error:
-            say(f"{target.name}/ could not be written ({error}); training goes on, the one before it stays")
-            self.history.event("save-failed", step, problem=str(error), folder=target.name)
+            problem = files.reason(error) if isinstance(error, OSError) else str(error)
+            say(
+                problem.replace(f"{target.name}/ ", f"{target}/ ", 1)
+                + "; checkpoints and models of before stay"
+            )
+            self.history.event("save-failed", step, problem=problem, folder=target.name)
+            return False
         self.write_json(target)
+        return True
 
     def write_json(self, folder: Path) -> None:
         """Write the model in `folder` as JSON beside it where that is wanted and not there yet.
