@@ -46,6 +46,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
         (["generate", "--model-path", "/nowhere", "--prompt", "a"], 1, "/nowhere does not exist"),
         (["generate", "--model-path", "/nowhere"], 2, "--prompt"),
         (["generate", "--model-path", "/nowhere", "--prompt", "a", "--top-p", "3"], 2, "top-p"),
+        (["dashboard", "RUN", "--port", "99999"], 2, "99999 is not in the range 0<=x<=65535"),
         (["checkpoint", "list", "/nowhere"], 1, "/nowhere holds no checkpoints"),
     ],
 )

@@ -110,6 +110,8 @@ def test_mistakes_are_found_before_a_model_is_read(folder, monkeypatch):
         run_evaluate([one], shards, output="/nowhere/x")
     with pytest.raises(UsageError, match="--batch-size must be 1 or more"):
         run_evaluate([one], shards, batch_size=0)
+    with pytest.raises(UsageError, match="--max-tokens must be 1 or more, not -5"):
+        run_evaluate([one], shards, max_tokens=-5)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(UserError, match=r"pip install 'ekiden\[harness\]'"):
         run_evaluate([one], harness="arc_easy")

@@ -27,7 +27,9 @@ def report(run: str, output: str | None, picture: bool) -> None:
 @click.command(context_settings=CONTEXT)
 @click.argument("runs", nargs=-1, required=True)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option("--port", type=int, default=8765, show_default=True, help="Port; 0: any free one.")
+@click.option(
+    "--port", type=click.IntRange(0, 65535), default=8765, show_default=True, help="Port; 0: any free one."
+)
 @click.option(
     "--device", default="cpu", show_default=True, help="Where the playground generates: cpu, cuda, cuda:N."
 )

@@ -50,6 +50,12 @@ def run_evaluate(
         )
     if harness is None and (harness_limit, harness_fewshot) != (None, None):
         raise UsageError("--harness-limit and --harness-fewshot mean nothing without --harness TASKS")
+    for name, number in (
+        ("max-tokens", options.get("max_tokens")),
+        ("batch-size", options.get("batch_size")),
+    ):
+        if number is not None and number < 1:
+            raise UsageError(f"--{name} must be 1 or more, not {number}")
     check_models(models)
     check_output(output)
     dataset = None if dataset_path is None else TokenDataset.open(dataset_path)
@@ -71,8 +77,6 @@ def _evaluate(
     device: str = "auto",
 ) -> Result:
     """Return {"model", "step"} with what `evaluate_loaded` returns for the shards, and "harness" for the tasks."""
-    if batch_size < 1:
-        raise UsageError(f"--batch-size must be 1 or more, not {batch_size}")
     loaded = load_model(name, device)
     say(f"{loaded.path}" + (f" (step {loaded.step})" if loaded.step else ""))
     result: Result = {"model": name, "step": loaded.step}

@@ -135,7 +135,7 @@ def export_huggingface(
         about = {"dtype": dtype, "card": hashlib.sha256(card).hexdigest(), "step": facts.step if facts else 0}
         replace_folder(folder.absolute(), write, about)
     except (OSError, CheckpointError) as error:
-        reason = files.reason(error) if isinstance(error, OSError) else str(error)
+        reason = files.reason(error) if isinstance(error, OSError) else str(error).partition(": ")[2]
         raise UserError(f"--output {folder} cannot be written ({reason}); give another place") from None
     return folder
 
