@@ -6,8 +6,8 @@ the instructions do, which add up in fp32. What is kept for the backward pass st
 kept at all. `device.in_fp32` says where.
 
 `prepare.prepare_model` gives the layers of a model `product`; `attention.run_kernel` takes `flash_attention` where the kernel
-in C does not fit; `loss` rounds its inputs and goes on in fp32. They are operators and not formulas: a compiler leaves out
-roundings between two types, and would keep activations in fp32.
+in C does not fit; `loss` rounds its inputs and goes on in fp32. They are operators and not formulas, whose roundings
+Inductor leaves out (docs/experiments.md).
 """
 
 from __future__ import annotations
