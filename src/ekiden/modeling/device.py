@@ -6,10 +6,12 @@ bf16 is emulated and slow.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import platform
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -128,12 +130,26 @@ def has_instructions(dtype: torch.dtype) -> bool:
     return bool(getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")())
 
 
+_elsewhere = False
+
+
+@contextlib.contextmanager
+def as_on_a_gpu() -> Iterator[None]:
+    """Let `in_fp32` not look at this processor: a step on CPU tensors without data stands for a GPU's (`planning`)."""
+    global _elsewhere
+    before, _elsewhere = _elsewhere, True
+    try:
+        yield
+    finally:
+        _elsewhere = before
+
+
 def in_fp32(device: torch.device, dtype: torch.dtype) -> bool:
     """Return whether products of `dtype` on `device` are done as fp32 products of rounded numbers (`modeling.half`).
 
     By what the processor has and never by a timing, which another start might read otherwise.
     """
-    return device.type == "cpu" and dtype in HALVES and not has_instructions(dtype)
+    return not _elsewhere and device.type == "cpu" and dtype in HALVES and not has_instructions(dtype)
 
 
 def configure_determinism(num_threads: int | None) -> int:

@@ -101,7 +101,7 @@ class _Chunks:
     ) -> None:
         self.ignored, self.rows = (targets == IGNORE).unsqueeze(1), rows
         self.hidden, self.weight = hidden.to(dtype).masked_fill(self.ignored, 0), weight.to(dtype)
-        if in_fp32(hidden.device, dtype) and not isinstance(hidden, FakeTensor):  # which a plan has
+        if in_fp32(hidden.device, dtype):
             self.hidden, self.weight = self.hidden.float(), self.weight.float()
 
     def logits(self) -> Iterator[tuple[slice, torch.Tensor]]:

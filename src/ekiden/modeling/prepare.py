@@ -10,14 +10,13 @@ import warnings
 from collections.abc import Iterator
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedModel
 
 from ekiden.config import TrainConfig
 from ekiden.config_checks import AUTO
 from ekiden.modeling.attention import DOCUMENT_MASK, Attention, document_boundary, install
 from ekiden.modeling.attention_choice import choose_attention
-from ekiden.modeling.build import blocks, body, head_weight, hidden_states
+from ekiden.modeling.build import blocks, body, hidden_states
 from ekiden.modeling.device import Precision, in_fp32
 from ekiden.modeling.fast_parts import install_fast_parts
 from ekiden.modeling.fp16 import protect_from_overflow
@@ -50,8 +49,7 @@ def prepare_model(
         setattr(model.config, DOCUMENT_MASK, True)  # for whoever evaluates what was trained
     install(model, attention or choose_attention(config, device, precision, boundary))
     install_fast_parts(model)
-    # A plan, whose tensors hold no data, is for any machine and not for this one's processor.
-    half = in_fp32(device, precision.dtype) and not isinstance(head_weight(model), FakeTensor)
+    half = in_fp32(device, precision.dtype)
     if half:
         for block in blocks(model):
             install_half_products(block)

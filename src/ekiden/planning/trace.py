@@ -18,6 +18,7 @@ import dataclasses
 import functools
 import json
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, cast
@@ -32,7 +33,7 @@ from ekiden.config import TrainConfig
 from ekiden.modeling.attention import Attention, document_boundary
 from ekiden.modeling.attention_choice import choose_attention, planned_attention
 from ekiden.modeling.build import blocks, body, build_model, parameter_counts
-from ekiden.modeling.device import Precision, named_precision
+from ekiden.modeling.device import Precision, as_on_a_gpu, named_precision
 from ekiden.modeling.prepare import prepare_model
 from ekiden.planning.ledger import (
     BLOCK,
@@ -135,7 +136,7 @@ def fully_traced_peak(
     model = meta_model(config, vocab_size)
     counts = parameter_counts(model)
     attention = attention_of(model, config, precision, on_cpu)
-    with without_data():
+    with without_data(on_cpu):
         make_ready(model, config, precision, attention, on_cpu)
         optimizer = build_optimizer(model, config)
         for tensor in [*model.parameters(), *model.buffers()]:
@@ -180,7 +181,7 @@ def _microbatch(
     model = meta_model(config, vocab_size)
     attention = attention_of(model, config, named_precision(precision), on_cpu)
     like = keep_few_blocks(model)
-    with without_data():
+    with without_data(on_cpu):
         make_ready(model, config, named_precision(precision), attention, on_cpu)
         stand_before(model, ledger)
         watch_gradients(model, ledger)
@@ -319,12 +320,12 @@ def make_ready(
 
 
 @contextlib.contextmanager
-def without_data() -> Iterator[None]:
-    """Make tensors that have no data; fills of new memory, which are no part of a step's work, are left out."""
+def without_data(on_cpu: bool = False) -> Iterator[None]:
+    """Make tensors that have no data, for a GPU or this CPU; fills of new memory, no part of a step's work, are left out."""
     deterministic = torch.are_deterministic_algorithms_enabled()
     try:
         torch.use_deterministic_algorithms(False)
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        with FakeTensorMode(allow_non_fake_inputs=True), nullcontext() if on_cpu else as_on_a_gpu():
             yield
     finally:
         torch.use_deterministic_algorithms(deterministic)
