@@ -27,7 +27,6 @@ from ekiden.modeling.build import blocks, parameter_counts
 from ekiden.modeling.device import Precision, named_precision
 from ekiden.planning.ledger import (
     BLOCK,
-    OUTSIDE,
     Ledger,
     Span,
     Tally,
@@ -48,6 +47,7 @@ from ekiden.planning.trace import (
     meta_model,
     peak_of,
     phases,
+    run_microbatch,
     settings_text,
     update_spans,
     without_data,
@@ -130,16 +130,8 @@ def _microbatch(text: str, vocab_size: int, precision: str, microbatch: int, wor
         for group in _groups(model):
             _give_gradients(group, world, ledger)
         watch_blocks(model, ledger)
-        ledger.spans = [Span(OUTSIDE, "backward")]
-        windows = np.zeros((microbatch, config.max_length), dtype=np.int64)
-        with phases(ledger), Watch(ledger), _resizes(ledger):
-            accumulate_gradients(
-                model,
-                [(windows, windows)],
-                windows.size,
-                named_precision(precision),
-                loss_chunk_size=config.loss_chunk_size,
-            )
+        with _resizes(ledger):
+            run_microbatch(model, config, microbatch, precision, ledger)
         return for_all_blocks(ledger.spans, like)
 
 

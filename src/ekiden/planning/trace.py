@@ -171,6 +171,20 @@ def settings_text(config: TrainConfig, left_out: tuple[str, ...]) -> str:
     return json.dumps({name: getattr(config if name in names else default, name) for name in sorted(names)})
 
 
+def run_microbatch(
+    model: PreTrainedModel, config: TrainConfig, microbatch: int, precision: str, ledger: Ledger
+) -> None:
+    """Run one microbatch forth and back, and note what it does in `ledger.spans`."""
+    # As the full step has it, which fetches a batch at the end of the one before.
+    ledger.spans = [Span(OUTSIDE, "backward")]
+    windows = np.zeros((microbatch, config.max_length), dtype=np.int64)
+    arithmetic = named_precision(precision)
+    with phases(ledger), Watch(ledger):
+        accumulate_gradients(
+            model, [(windows, windows)], windows.size, arithmetic, loss_chunk_size=config.loss_chunk_size
+        )
+
+
 @functools.lru_cache(maxsize=64)
 def _microbatch(
     text: str, vocab_size: int, precision: str, microbatch: int, on_cpu: bool = False
@@ -186,17 +200,7 @@ def _microbatch(
         stand_before(model, ledger)
         watch_gradients(model, ledger)
         watch_blocks(model, ledger)
-        # As the full step has it, which fetches a batch at the end of the one before.
-        ledger.spans = [Span(OUTSIDE, "backward")]
-        windows = np.zeros((microbatch, config.max_length), dtype=np.int64)
-        with phases(ledger), Watch(ledger):
-            accumulate_gradients(
-                model,
-                [(windows, windows)],
-                windows.size,
-                named_precision(precision),
-                loss_chunk_size=config.loss_chunk_size,
-            )
+        run_microbatch(model, config, microbatch, precision, ledger)
         return for_all_blocks(ledger.spans, like)
 
 
