@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import heapq
 import io
+import math
 import re
 import tempfile
 from collections.abc import Iterator
@@ -95,6 +96,8 @@ def train_tokenizer(
             f"--vocab-size {vocab_size} is too small: 256 bytes, 4 control pieces and the line's end are in every vocabulary; "
             f"give {LEAST_PIECES} or more"
         )
+    if not 0 <= temperature < math.inf:  # nor is "nan" between them
+        raise UsageError(f"--temperature must be a number from 0 on, not {temperature}")
     check_folder(target.parent)
     sources = discover(corpus, language)
     lines, held_out = sample_corpus(sources, temperature)
