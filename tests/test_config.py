@@ -153,8 +153,9 @@ def test_durations_and_sizes() -> None:
 
 def test_the_package_holds_every_file_that_is_no_module() -> None:
     """What `package-data` does not name is missing from a wheel, and is noticed far from here."""
-    root = SOURCE
-    settings = tomllib.loads((root.parents[1] / "pyproject.toml").read_text(encoding="utf-8"))
+    checkout = Path(__file__).parents[1]  # not what is installed, which may be a wheel
+    root = checkout / "src" / "ekiden"
+    settings = tomllib.loads((checkout / "pyproject.toml").read_text(encoding="utf-8"))
     patterns = settings["tool"]["setuptools"]["package-data"]["ekiden"]
     named = {path for pattern in patterns for path in root.glob(pattern) if path.is_file()}
     others = {path for path in root.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
