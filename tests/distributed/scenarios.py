@@ -49,7 +49,8 @@ class Scenarios:
             "gradient_accumulation_steps": GLOBAL_BATCH // microbatch // (begins or world),
         }
         options = {**COMMON, **batch, **more}
-        config = settings("gemma3-tiny", self.shards, path, options.pop("steps", STEPS), **options)
+        preset, steps = options.pop("preset", "gemma3-tiny"), options.pop("steps", STEPS)
+        config = settings(preset, self.shards, path, steps, **options)
         number = len(list(self.folder.glob(f"{run}-log-*")))
         done = run_ranks(config, world, self.folder / f"{run}-log-{number}", limit_seconds=120, **faults)
         history = list(read_history(path / "history.jsonl"))
@@ -89,6 +90,10 @@ def scenarios() -> dict[str, tuple[str, dict[str, Any]]]:
         "infinite": ("", {"run": "infinite", "world": 2, "fault": infinite(1, 2), "steps": 3}),
         "deadline": ("", {"run": "deadline", "world": 2, "fault": _late, "max_time": "1h"}),
     }
+    for preset in ("gemma3-tiny", "gpt2-10m"):
+        half = {"preset": preset, "precision": "bf16", "steps": 2, "parallel": "fsdp"}
+        for world in (1, 2):
+            all_of[f"half {preset} {world}"] = "", {"run": f"half-{preset}-{world}", "world": world, **half}
     for parallel in ("ddp", "fsdp"):
         # In the second step, of which rank 1 does microbatches 3 and 4.
         stop = {"run": f"{parallel}-stop", "parallel": parallel}

@@ -66,6 +66,15 @@ def test_ranks_take_the_same_samples_to_the_same_losses(left: Left, name: str, r
     assert several["log"].count("evaluation") == one["log"].count("evaluation"), "one rank speaks"
 
 
+@pytest.mark.parametrize("preset", ["gemma3-tiny", "gpt2-10m"])
+def test_shards_of_half_precision_train_evaluate_and_write_samples(left: Left, preset: str) -> None:
+    one, two = left[f"half {preset} 1"], left[f"half {preset} 2"]
+    assert two["statuses"] == [0, 0], two["log"]
+    assert dict(two["losses"]) == pytest.approx(dict(one["losses"]), rel=2e-3)
+    assert two["evaluations"] == pytest.approx(one["evaluations"], rel=2e-3) and one["evaluations"]
+    assert "sample" in two["log"]
+
+
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_a_signal_to_one_rank_stops_both_and_one_rank_goes_on(left: Left, parallel: str) -> None:
     stopped, resumed = left[f"{parallel} stopped"], left[f"{parallel} resumed on 1"]

@@ -10,6 +10,8 @@ import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
+
 from ekiden.errors import UserError
 from ekiden.evaluation.loss import evaluate
 from ekiden.evaluation.samples import sample_texts
@@ -41,18 +43,22 @@ class Evaluator:
 
     def samples(self) -> dict[str, Any]:
         """Return texts by language, as `evaluation.samples.sample_texts` does."""
-        config = self.state.config
-        return self._once(
-            functools.partial(
-                sample_texts,
-                self.state.model,
-                self.start.tokenizer,
-                self.start.dataset,
-                prompts=config.sample_prompts or None,
-                max_new_tokens=config.sample_tokens,
-                seed=config.seed,
-            )
-        )
+        config, model, dtype = self.state.config, self.state.model, self.start.precision.dtype
+
+        def work() -> dict[str, Any]:
+            # Blocks in shards gather half-precision weights, which nothing but autocast multiplies fp32 numbers by.
+            half = self.state.sharded and dtype != torch.float32
+            with torch.autocast(model.device.type, dtype, enabled=half):
+                return sample_texts(
+                    model,
+                    self.start.tokenizer,
+                    self.start.dataset,
+                    prompts=config.sample_prompts or None,
+                    max_new_tokens=config.sample_tokens,
+                    seed=config.seed,
+                )
+
+        return self._once(work)
 
     def _within_memory(self, tokens_per_language: int) -> dict[str, Any]:
         """Evaluate with batches as large as a microbatch, or half of that and half again where they do not fit."""

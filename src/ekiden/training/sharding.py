@@ -25,6 +25,7 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from torch.distributed.tensor import distribute_tensor
+from torch.nn import functional as F
 
 from ekiden.config import TrainConfig
 from ekiden.errors import UserError
@@ -119,6 +120,8 @@ def shard_model(model: nn.Module, mesh: DeviceMesh, precision: Precision) -> Non
     half = precision.dtype if precision.dtype != torch.float32 else None
     policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in blocks(model):
+        if half is not None:
+            _norms_in_fp32(block)
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh)
     for module in model.modules():
@@ -132,6 +135,17 @@ def shard_model(model: nn.Module, mesh: DeviceMesh, precision: Precision) -> Non
 
     model.inside_forward = types.MethodType(inside_forward, model)  # type: ignore[assignment]
     register_fsdp_forward_method(model, "inside_forward")
+
+
+def _norms_in_fp32(block: nn.Module) -> None:
+    """Let the layer norms of `block` take gathered weights to fp32, which autocast does on a GPU alone."""
+    for norm in block.modules():
+        if isinstance(norm, nn.LayerNorm):
+            norm.forward = types.MethodType(_layer_norm, norm)  # type: ignore[method-assign]
+
+
+def _layer_norm(norm: Any, x: torch.Tensor) -> torch.Tensor:
+    return F.layer_norm(x.float(), norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps)
 
 
 def filled_up(microbatches: Iterator[Microbatch], count: int) -> Iterator[Microbatch]:
