@@ -136,9 +136,7 @@ def _attention(
     return kept.copy_(made), sums_kept.copy_(sums)
 
 
-@_attention.register_fake
-def _outputs(query: torch.Tensor, *_others: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return outputs_like(query)
+_attention.register_fake(outputs_like)
 
 
 @torch.library.custom_op("ekiden::half_attention_backward", mutates_args=(), device_types="cpu")
@@ -164,11 +162,7 @@ def _attention_backward(
     return made
 
 
-@_attention_backward.register_fake
-def _gradients(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_others: Any
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return gradients_like(query, key, value)
+_attention_backward.register_fake(gradients_like)
 
 
 def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:

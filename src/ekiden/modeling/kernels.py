@@ -133,7 +133,7 @@ def _floats(*tensors: torch.Tensor) -> list[torch.Tensor]:
     return [_rows(tensor.float()) for tensor in tensors]
 
 
-def outputs_like(query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def outputs_like(query: torch.Tensor, *_others: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Return memory for an output [b, h, T, d], laid out [b, T, h, d], in the type of `query`, and for fp32 sums [b, h, T]."""
     batch, heads, length, units = query.shape
     made = query.new_empty((batch, length, heads, units)).transpose(1, 2)
@@ -141,7 +141,7 @@ def outputs_like(query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def gradients_like(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_others: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return memory for the gradients of these [b, h, T, d], laid out [b, T, h, d]."""
     return outputs_like(query)[0], outputs_like(key)[0], outputs_like(value)[0]
@@ -170,9 +170,7 @@ def _attention(
     return out.to(dtype), sums
 
 
-@_attention.register_fake
-def _outputs(query: torch.Tensor, *_others: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return outputs_like(query)
+_attention.register_fake(outputs_like)
 
 
 def _run_backward(shape: _Shape, *tensors: torch.Tensor) -> None:
@@ -211,11 +209,7 @@ def _attention_backward(
     return of_query, of_key, of_value
 
 
-@_attention_backward.register_fake
-def _gradients(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_others: Any
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return gradients_like(query, key, value)
+_attention_backward.register_fake(gradients_like)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:

@@ -41,9 +41,6 @@ if TYPE_CHECKING:
     from ekiden.report.writer import ReportWriter
 
 
-NO_MODEL = "final_model/ could not be written"
-
-
 def train(config: TrainConfig) -> TrainResult:
     """Train until the run is complete or has to stop; resume by itself where there is something to resume.
 
@@ -394,8 +391,9 @@ class Trainer:
             written = self.saving.write_model(self.directory.final_model, self.counters.best_loss)
         done = f"all {self.start.max_steps} steps are done"
         if not self.ranks.from_main(written):
-            say(f"{done}, but {NO_MODEL}; make room and run the same command again")
-            return self._result("paused", NO_MODEL)
+            problem = "final_model/ could not be written"
+            say(f"{done}, but {problem}; make room and run the same command again")
+            return self._result("paused", problem)
         say(f"{done}; the model is in {self.directory.final_model}")
         return self._result("completed", "all steps done")
 
